@@ -1,0 +1,111 @@
+"""The steps of ``scripts/test`` before pytest; the first that fails ends the run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import gitseries
+from .config import ROOT
+from .errors import SetupError
+from .setup import Environment
+
+_SUMMARY = re.compile(r"(\d+)/(\d+) tests passed")
+_DEVICES = re.compile(r"Testing (\d+) devices")
+_TAIL_LINES = 40
+
+
+def run_checks(environment: Environment) -> None:
+    """Run everything but pytest.
+
+    Raises
+    ------
+    SetupError
+        Names the step that failed; its own output stands above.
+    """
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("ruff format --check", lambda: _tool(environment, "ruff", "format", "--check", ".")),
+        ("ruff check", lambda: _tool(environment, "ruff", "check", ".")),
+        ("mypy --strict", lambda: _tool(environment, "mypy", "capkv_local", "scripts/lib")),
+        ("scripts/patches check", gitseries.check),
+        ("test-backend-ops", lambda: check_ops(environment)),
+    ]
+    for title, check in checks:
+        started = time.monotonic()
+        print(f"== {title}", flush=True)
+        try:
+            said = check()
+        except SetupError as error:
+            raise SetupError(f"FAILED at {title}: {error}") from error
+        print(f"{said} [{time.monotonic() - started:.1f} s]", flush=True)
+    print("== pytest", flush=True)
+
+
+def check_ops(environment: Environment) -> str:
+    """Run ggml's tests of every operator the series adds, on every device there is."""
+    series = environment.series
+    if not series.patches:
+        return "no patches in the series, no operators to test"
+    log = environment.build.root / "logs" / f"ops-{environment.build.key}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    said = []
+    for op in series.test_ops:
+        # The CPU is only tested when named; other devices only when none is.
+        output = _run_op_tests(environment, log, "test", "-b", "CPU", "-o", op)
+        said.append(f"{op}: {count_passed(output, op, log)} cases pass on CPU")
+        devices = _DEVICES.search(output)
+        if devices and int(devices[1]) > 1:
+            output = _run_op_tests(environment, log, "test", "-o", op)
+            said.append(", ".join(f"{ok}/{n} elsewhere" for ok, n in _SUMMARY.findall(output)))
+    return "; ".join(said)
+
+
+def count_passed(output: str, op: str, log: Path) -> int:
+    """Return how many cases passed.
+
+    Raises
+    ------
+    SetupError
+        When none ran: the program calls that a success, also for an operator it never heard of.
+    """
+    counts = [int(total) for _, total in _SUMMARY.findall(output)]
+    if not sum(counts):
+        raise SetupError(f"test-backend-ops knows no case of {op}; the log is {log}")
+    return sum(counts)
+
+
+def _run_op_tests(environment: Environment, log: Path, *args: str) -> str:
+    lib_dir = str(environment.venv.lib_dir)
+    variable = "DYLD_LIBRARY_PATH" if sys.platform == "darwin" else "LD_LIBRARY_PATH"
+    path = os.pathsep.join(filter(None, (lib_dir, os.environ.get(variable))))
+    done = subprocess.run(
+        [environment.build.op_tests, *args],
+        env={**os.environ, variable: path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout.decode("utf-8", "replace"))
+    with log.open("a") as sink:
+        sink.write(output)
+    if done.returncode != 0:
+        shown = [line for line in output.splitlines() if not line.rstrip().endswith(": OK")]
+        raise SetupError(
+            f"test-backend-ops {' '.join(args)} failed (exit {done.returncode}); the log is {log} "
+            "and says:\n" + "\n".join(f"    {line}" for line in shown[-_TAIL_LINES:])
+        )
+    return output
+
+
+def _tool(environment: Environment, *args: str) -> str:
+    command = [str(environment.venv.python), "-m", *args]
+    done = subprocess.run(command, cwd=ROOT, env=environment.process_env(), check=False)
+    if done.returncode != 0:
+        raise SetupError(f"{' '.join(args)} (exit {done.returncode})")
+    return "ok"
