@@ -1,0 +1,263 @@
+"""The compacted KV cache: when it is full, score the cells, choose, evict, account for it.
+
+Knows budgets, policies and the native cache; knows nothing about tokens, prompts or text.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from capkv_local.errors import BudgetError, PolicyError
+from capkv_local.native import F32, I32, KVCache, Stat
+from capkv_local.policies import Policy
+from capkv_local.select import keep_lists
+
+_ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
+
+
+@dataclass(frozen=True)
+class KVCacheStats:
+    """What the KV cache of a :class:`~capkv_local.Llama` holds and what it cost.
+
+    ``budget``, ``n_cells`` and ``n_cells_max`` are cells per layer and head: kept after an
+    eviction, used now, allocated. ``kv_bytes`` is the memory that is allocated for K and V (all
+    layers), ``kv_bytes_full`` what the same context would take without eviction, and
+    ``observe_bytes`` what the observed queries take. Times are wall seconds since the model was
+    loaded.
+    """
+
+    policy: str | None
+    budget: int
+    n_tokens: int
+    n_cells: int
+    n_cells_max: int
+    kv_bytes: int
+    kv_bytes_full: int
+    observe_bytes: int
+    evictions: int
+    cells_evicted: int
+    t_score_s: float
+    t_select_s: float
+    t_evict_s: float
+    t_decode_s: float
+
+
+@dataclass
+class _Counters:
+    evictions: int = 0
+    cells_evicted: int = 0
+    t_score_s: float = 0.0
+    t_select_s: float = 0.0
+    t_evict_s: float = 0.0
+
+
+class NativeStats:
+    """:class:`~capkv_local.policies.KVStats` of the first ``n_cells`` cells, fetched lazily."""
+
+    def __init__(
+        self, kv: KVCache, *, n_cells: int, n_tokens: int, n_queries: int, carried: F32 | None
+    ) -> None:
+        info = kv.info()
+        self._kv = kv
+        self.n_layer = info.n_layer
+        self.n_head_kv = info.n_head_kv
+        self.n_head = info.n_head
+        self.n_cells = n_cells
+        self.n_tokens = n_tokens
+        self.n_queries = n_queries
+        self.carried = carried
+        self.carry_next: F32 | None = None
+        self._positions: I32 | None = None
+
+    @property
+    def positions(self) -> I32:
+        if self._positions is None:
+            self._positions = self._kv.positions()[..., : self.n_cells]
+        return self._positions
+
+    def window_attention(
+        self,
+        *,
+        reduce: Literal["mean", "max", "second_moment"] = "mean",
+        per_query_head: bool = False,
+    ) -> F32:
+        return self._kv.score(
+            _ATTENTION[reduce],
+            n_cells=self.n_cells,
+            n_queries=self.n_queries,
+            per_head=per_query_head,
+        )
+
+    def anchor(self, *, kind: Literal["cosine", "dot"] = "cosine", n_future: int = 512) -> F32:
+        stat = Stat.ANCHOR_COS if kind == "cosine" else Stat.ANCHOR_DOT
+        return self._kv.score(stat, n_cells=self.n_cells, n_future=n_future)
+
+    def key_norm(self) -> F32:
+        return self._kv.score(Stat.KEY_NORM, n_cells=self.n_cells)
+
+    def value_norm(self) -> F32:
+        return self._kv.score(Stat.VALUE_NORM, n_cells=self.n_cells)
+
+    def key_cosine(self) -> F32:
+        return self._kv.score(Stat.KEY_COS, n_cells=self.n_cells)
+
+    def leverage(
+        self, of: Literal["key", "value"], weights: F32 | None = None, noise: float = 1.0
+    ) -> F32:
+        stat = Stat.LEVERAGE_K if of == "key" else Stat.LEVERAGE_V
+        return self._kv.score(stat, n_cells=self.n_cells, noise=noise, weights=weights)
+
+    def carry(self, relevance: F32) -> None:
+        shape = (self.n_layer, self.n_head_kv, self.n_cells)
+        if relevance.shape != shape:
+            raise PolicyError(f"carry() got shape {relevance.shape} instead of {shape}")
+        self.carry_next = np.asarray(relevance, dtype=np.float32)
+
+
+@dataclass
+class CompactCache:
+    """Applies one policy under one budget to the KV cache of a context.
+
+    Parameters
+    ----------
+    kv
+        The native cache.
+    policy
+        What to keep.
+    budget
+        Cells per layer and head that are left after an eviction.
+    """
+
+    kv: KVCache
+    policy: Policy
+    budget: int
+    counters: _Counters = field(default_factory=_Counters)
+    carried: F32 | None = None  # [n_layer, n_head_kv, cells kept by the last eviction]
+
+    def __post_init__(self) -> None:
+        self.observe()
+
+    @property
+    def minimum(self) -> int:
+        """Fewest cells a budget may have: sinks, recent window and one that is chosen."""
+        return self.policy.n_sinks + self.policy.n_recent + 1
+
+    @property
+    def evicts(self) -> bool:
+        return bool(getattr(self.policy, "evicts", True))
+
+    def observe(self) -> None:
+        """Have the queries observed that the policy needs; what was observed is forgotten."""
+        needs = self.policy.needs
+        self.kv.observe(
+            self.policy.n_window if "queries" in needs else 0,
+            mean_query="mean_query" in needs,
+            n_skip=self.policy.n_sinks,
+        )
+
+    def pause_mean(self, paused: bool) -> None:
+        """Keep tokens that are decoded only for their queries out of the mean query."""
+        if "mean_query" in self.policy.needs:
+            self.kv.set_mean(not paused)
+
+    def forget(self) -> None:
+        """The sequence starts anew."""
+        self.carried = None
+
+    def evict(self, *, n_tokens: int, n_cells: int, n_queries: int = 0) -> None:
+        """Keep ``budget`` of the first ``n_cells`` cells in every head.
+
+        Parameters
+        ----------
+        n_tokens
+            Logical tokens of the sequence in these cells.
+        n_cells
+            Cells that take part; all used cells when the keep lists are applied.
+        n_queries
+            How many of the last queries observe, 0 for the policy's window.
+
+        Raises
+        ------
+        BudgetError
+            The policy never evicts.
+        PolicyError
+            The policy returned unusable scores; the cache is as it was.
+        """
+        keep, carry = self.choose(n_tokens=n_tokens, n_cells=n_cells, n_queries=n_queries)
+        self.apply(keep, carry)
+
+    def choose(self, *, n_tokens: int, n_cells: int, n_queries: int = 0) -> tuple[I32, F32 | None]:
+        """Keep lists ``[n_layer, n_head_kv, budget]`` and the relevance to carry with them."""
+        if not self.evicts:
+            raise BudgetError(
+                f"policy '{self.policy.name}' never evicts and all {n_cells} cells are used: "
+                "choose another policy, or a larger n_ctx"
+            )
+        t0 = time.perf_counter()
+        stats = NativeStats(
+            self.kv,
+            n_cells=n_cells,
+            n_tokens=n_tokens,
+            n_queries=n_queries or min(self.policy.n_window, self.kv.info().n_queries),
+            carried=self._carried(n_cells),
+        )
+        scores = self.policy.score(stats)
+        if scores.shape != (stats.n_layer, stats.n_head_kv, n_cells):
+            raise PolicyError(
+                f"policy '{self.policy.name}' returned scores of shape {scores.shape} instead of "
+                f"{(stats.n_layer, stats.n_head_kv, n_cells)}"
+            )
+        t1 = time.perf_counter()
+        keep = keep_lists(
+            scores, self.budget, n_sinks=self.policy.n_sinks, n_recent=self.policy.n_recent
+        )
+        t2 = time.perf_counter()
+        self.counters.t_score_s += t1 - t0
+        self.counters.t_select_s += t2 - t1
+        return keep, stats.carry_next
+
+    def apply(self, keep: I32, carry: F32 | None) -> None:
+        """Evict all cells but ``keep``; ``carry`` moves with them."""
+        n_layer, n_head_kv, n_keep = keep.shape
+        n_used = self.kv.info().n_cells
+        t0 = time.perf_counter()
+        self.kv.evict(keep)
+        self.carried = None if carry is None else np.take_along_axis(carry, keep, axis=-1)
+        self.counters.t_evict_s += time.perf_counter() - t0
+        self.counters.evictions += 1
+        self.counters.cells_evicted += n_layer * n_head_kv * (n_used - n_keep)
+
+    def _carried(self, n_cells: int) -> F32 | None:
+        """Carried relevance of the first ``n_cells`` cells, 0 for those that are new."""
+        if self.carried is None:
+            return None
+        n_layer, n_head_kv, n_kept = self.carried.shape
+        out = np.zeros((n_layer, n_head_kv, n_cells), dtype=np.float32)
+        # Cells at the end can have been taken back since (a prompt that was changed there).
+        n = min(n_kept, n_cells)
+        out[..., :n] = self.carried[..., :n]
+        return out
+
+    def stats(self, *, n_tokens: int, n_ctx: int, t_decode_s: float) -> KVCacheStats:
+        info = self.kv.info()
+        c = self.counters
+        return KVCacheStats(
+            policy=self.policy.name,
+            budget=self.budget,
+            n_tokens=n_tokens,
+            n_cells=info.n_cells,
+            n_cells_max=info.n_cells_max,
+            kv_bytes=info.n_bytes_kv + info.n_bytes_other,
+            kv_bytes_full=info.n_bytes_cell * max(n_ctx, info.n_cells_max) + info.n_bytes_other,
+            observe_bytes=info.n_bytes_observe,
+            evictions=c.evictions,
+            cells_evicted=c.cells_evicted,
+            t_score_s=c.t_score_s,
+            t_select_s=c.t_select_s,
+            t_evict_s=c.t_evict_s,
+            t_decode_s=t_decode_s,
+        )

@@ -1,0 +1,346 @@
+"""``DocumentChat``: read documents through a small KV cache, then ask about them."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+
+from capkv_local import native
+from capkv_local.cache import KVCacheStats
+from capkv_local.documents import Document
+from capkv_local.errors import ContextOverflow, StateError
+from capkv_local.llama import Budget, CompactedState, Llama
+from capkv_local.models import default_model, fingerprint
+from capkv_local.policies import get_policy
+from capkv_local.session import read_session, write_session
+from capkv_local.template import ChatTemplate
+
+# Tokens of the context that a document must leave for the question and its answer.
+_REPLY_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class IngestProgress:
+    """Where reading is: tokens done and in all, seconds so far, cells and KV bytes used."""
+
+    done: int
+    total: int
+    seconds: float
+    n_cells: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What was read; ``complete`` is False after Ctrl-C, which keeps what was read so far."""
+
+    tokens: int
+    seconds: float
+    complete: bool
+    n_cells: int
+    kv_bytes: int
+
+
+class DocumentChat:
+    """A conversation about documents.
+
+    Parameters
+    ----------
+    model
+        GGUF file; None for :func:`~capkv_local.models.default_model`.
+    kv_policy, kv_budget, n_ctx
+        As :class:`~capkv_local.Llama`; ``n_ctx`` None is the context that the model was trained
+        with.
+    n_threads
+        CPU threads; None for all.
+    n_gpu_layers
+        Layers on the GPU, -1 for all.
+    type_k, type_v
+        Cache types by ggml name (``"q8_0"``); None is f16.
+    seed
+        Seed of the sampling; None for a random one.
+    verbose
+        Show llama.cpp's log.
+
+    Raises
+    ------
+    CapKVError
+        As :class:`~capkv_local.Llama`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | Path | None = None,
+        kv_policy: str = "capkv",
+        kv_budget: Budget | None = None,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        type_k: str | None = None,
+        type_v: str | None = None,
+        seed: int | None = None,
+        verbose: bool = False,
+    ) -> None:
+        threads = n_threads or os.cpu_count() or 1
+        self._types = (type_k, type_v)
+        self.llama = Llama(
+            model or default_model(),
+            n_ctx=n_ctx or 0,
+            kv_policy=get_policy(kv_policy),
+            kv_budget=kv_budget,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_gpu_layers=n_gpu_layers,
+            type_k=_ggml_type(type_k),
+            type_v=_ggml_type(type_v),
+            verbose=verbose,
+            seed=llama_cpp.LLAMA_DEFAULT_SEED if seed is None else seed,
+        )
+        self._template = ChatTemplate.of(self.llama)
+        # Where the conversation stands: before it, in a user message, or behind an answer.
+        self._place: Literal["start", "user", "answer"] = "start"
+        self._has_document = False
+        self._pending: list[int] = []  # sampled, but not decoded yet
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def ingest(
+        self,
+        documents: Sequence[Document],
+        *,
+        question: str | None = None,
+        progress: Callable[[IngestProgress], None] | None = None,
+    ) -> IngestReport:
+        """Read documents into the conversation.
+
+        Parameters
+        ----------
+        question
+            When it is known before reading, its tokens look at every chunk, so that the cells it
+            needs are kept (``observe="question"``).
+        progress
+            Called after each chunk.
+
+        Raises
+        ------
+        ContextOverflow
+            Documents and a reply do not fit the context; nothing is read.
+        """
+        llama = self.llama
+        tokens = self._user_tokens() + self._document_tokens(documents)
+        room = llama.n_ctx() - llama.n_tokens - _REPLY_TOKENS
+        if len(tokens) > room:
+            trained = llama._model.n_ctx_train()
+            raise ContextOverflow(
+                f"the documents have {len(tokens)} tokens, the context has room for {max(room, 0)} "
+                f"of {llama.n_ctx()} (the model was trained with {trained}): use a larger --n-ctx, "
+                "a model with a longer context, or less text"
+            )
+        started = time.perf_counter()
+        done_before = llama.n_tokens
+
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                stats = llama.kv_stats()
+                seconds = time.perf_counter() - started
+                progress(IngestProgress(done, total, seconds, stats.n_cells, stats.kv_bytes))
+
+        complete = True
+        try:
+            if question is None:
+                llama.prefill(tokens, progress=report)
+            else:
+                llama.prefill(
+                    tokens,
+                    observe="question",
+                    question=self._question_tokens(question),
+                    progress=report,
+                )
+        except KeyboardInterrupt:
+            complete = False
+        read = llama.n_tokens - done_before
+        if read:
+            self._place, self._has_document, self._pending = "user", True, []
+        stats = llama.kv_stats()
+        seconds = time.perf_counter() - started
+        return IngestReport(read, seconds, complete, stats.n_cells, stats.kv_bytes)
+
+    def _user_tokens(self) -> list[int]:
+        """Tokens that open a user message here."""
+        if self._place == "start":
+            return list(self._template.first)
+        if self._place == "answer":
+            return self._pending + self._template.between
+        return []
+
+    def _document_tokens(self, documents: Sequence[Document]) -> list[int]:
+        # Not special: a document cannot end the user's message.
+        text = "".join(f"{document.text.strip()}\n\n" for document in documents)
+        return self.llama.tokenize(text.encode(), add_bos=False, special=False)
+
+    def _question_tokens(self, question: str) -> list[int]:
+        # A text that ends in a blank line has the question as its last paragraph.
+        text = question.strip()
+        return self.llama.tokenize(text.encode(), add_bos=False) + self._template.after
+
+    # -- asking --------------------------------------------------------------------------------
+
+    def ask(
+        self, question: str, *, max_tokens: int = 512, temperature: float = 0.0
+    ) -> Iterator[str]:
+        """Answer a question in pieces of text as they are generated.
+
+        Question and answer become part of the conversation. Ctrl-C, or leaving the iterator,
+        ends the answer where it is.
+
+        Raises
+        ------
+        ContextOverflow
+            The context is full.
+        """
+        llama = self.llama
+        turn = self._user_tokens() + self._question_tokens(question)
+        room = llama.n_ctx() - llama.n_tokens - len(turn)
+        if room < 1:
+            raise ContextOverflow(
+                f"the conversation fills the context of {llama.n_ctx()} tokens: start a new one, "
+                "or use a larger --n-ctx"
+            )
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        prompt = [*llama.input_ids[: llama.n_tokens].tolist(), *turn]
+        n_answer = 0
+        try:
+            for token in llama.generate(prompt, temp=temperature):
+                self._place, self._pending = "answer", [token]
+                if llama_cpp.llama_vocab_is_eog(llama._model.vocab, token):
+                    self._pending = []  # the template ends the turn itself
+                    break
+                if piece := decoder.decode(llama.detokenize([token], prev_tokens=turn[-1:])):
+                    yield piece
+                n_answer += 1
+                if n_answer >= min(max_tokens, room):
+                    break
+            if piece := decoder.decode(b"", final=True):
+                yield piece
+        finally:
+            if llama.n_tokens >= len(prompt):
+                self._place = "answer"
+
+    # -- settings and state --------------------------------------------------------------------
+
+    def set_budget(self, value: Budget) -> None:
+        """See :meth:`capkv_local.Llama.set_kv_budget`."""
+        self.llama.set_kv_budget(value)
+
+    def set_policy(self, name: str) -> None:
+        """See :meth:`capkv_local.Llama.set_kv_policy`."""
+        self.llama.set_kv_policy(name)
+
+    def stats(self) -> KVCacheStats:
+        """See :meth:`capkv_local.Llama.kv_stats`."""
+        return self.llama.kv_stats()
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to a file that :meth:`load` continues.
+
+        Raises
+        ------
+        StateError
+            The file cannot be written.
+        """
+        llama = self.llama
+        state = llama.save_state()
+        assert isinstance(state, CompactedState)
+        header = {
+            "model": os.path.abspath(llama.model_path),
+            "model_fingerprint": fingerprint(llama.model_path),
+            "kv_policy": state.policy,
+            "kv_budget": llama.kv_stats().budget,
+            "n_ctx": llama.n_ctx(),
+            "types": self._types,
+            "seed": state.seed,
+            "place": self._place,
+            "has_document": self._has_document,
+            "pending": self._pending,
+        }
+        arrays: dict[str, np.ndarray[Any, Any]] = {
+            "input_ids": np.asarray(state.input_ids, dtype=np.int32),
+            "llama_state": np.frombuffer(state.llama_state, dtype=np.uint8),
+        }
+        if state.carried is not None:
+            arrays["carried"] = state.carried
+        write_session(path, header, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path, **settings: Any) -> DocumentChat:
+        """Continue a conversation that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        **settings
+            As the constructor; what is left out is taken from the file.
+
+        Raises
+        ------
+        StateError
+            Damaged, or of another model or cache type.
+        """
+        header, arrays = read_session(path)
+        type_k, type_v = header["types"]
+        given = {"type_k": type_k, "type_v": type_v, "n_ctx": header["n_ctx"], **settings}
+        budget, policy = given.pop("kv_budget", None), given.pop("kv_policy", None)
+        model = given.pop("model", None) or header["model"]
+        if not Path(model).exists():
+            raise StateError(
+                f"{path} was saved with the model {model}, which is not there: name it with --model"
+            )
+        if fingerprint(model) != header["model_fingerprint"]:
+            raise StateError(
+                f"{path} was saved with another model than {model}: give the one that was used "
+                f"({header['model']})"
+            )
+        chat = cls(
+            model=model, kv_policy=header["kv_policy"], kv_budget=header["kv_budget"], **given
+        )
+        data = arrays["llama_state"].tobytes()
+        state = CompactedState(
+            input_ids=arrays["input_ids"],
+            scores=np.empty((0, 0), dtype=np.single),
+            n_tokens=len(arrays["input_ids"]),
+            llama_state=data,
+            llama_state_size=len(data),
+            seed=header["seed"],
+        )
+        state.policy, state.carried = header["kv_policy"], arrays.get("carried")
+        chat.llama.load_state(state)
+        chat._place, chat._has_document = header["place"], header["has_document"]
+        chat._pending = list(header["pending"])
+        if policy is not None and policy != header["kv_policy"]:
+            chat.set_policy(policy)
+        if budget is not None:
+            chat.set_budget(budget)
+        return chat
+
+    def close(self) -> None:
+        """Free the model."""
+        self.llama.close()
+
+
+def _ggml_type(name: str | None) -> int | None:
+    """ggml type of a cache type name.
+
+    Raises
+    ------
+    UnsupportedModel
+        No cache type of that name.
+    """
+    return None if name is None else native.cache_type(name)

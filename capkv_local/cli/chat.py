@@ -1,0 +1,235 @@
+"""``capkv chat``: read documents once, then ask about them as often as you like."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from capkv_local.cli.common import (
+    SESSION_SUFFIX,
+    ModelOptions,
+    budget_value,
+    ingest,
+    model_options,
+    one_line,
+    open_chat,
+    read_sources,
+)
+from capkv_local.cli.display import is_fancy, size, stats_text, stream_answer
+from capkv_local.errors import CapKVError
+
+if TYPE_CHECKING:
+    from capkv_local.chat import DocumentChat
+
+
+@click.command("chat", short_help="Talk with documents, or go on with a saved session.")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Longest answer.",
+)
+@model_options
+def chat_command(files: tuple[str, ...], max_tokens: int, options: ModelOptions) -> None:
+    """Read each FILE, then answer what you ask about them.
+
+    A FILE is text, Markdown, source code, HTML or PDF; one that ends in .capkv is a session saved
+    with /save, and goes on where it was. Ctrl-C while reading keeps what was read, during an
+    answer it stops the answer, and twice at the prompt it quits. At the prompt, /help lists what
+    else can be done. Questions may also come from a pipe, one a line.
+
+    \b
+    Examples:
+      capkv chat report.pdf
+      capkv chat chapter1.md chapter2.md --budget 4096
+      capkv chat report.pdf --n-ctx 100000 --budget 512MiB --type-k q8_0
+      capkv chat report.capkv
+      capkv chat report.pdf < questions.txt > answers.txt
+    """
+    if "-" in files:
+        raise click.UsageError(
+            "chat reads your questions from standard input; give the document as a file, "
+            'or use: capkv ask - "QUESTION"'
+        )
+    sources = read_sources(files)
+    with contextlib.closing(open_chat(sources, options)) as session:
+        ingest(session, sources, keep_part=True)
+        interactive = sys.stdin.isatty()
+        if interactive:
+            click.echo(f"Ask about {sources.title}. /help lists the commands.", err=True)
+        conversation = Conversation(session, line_reader(), max_tokens)
+        conversation.run(interactive=interactive)
+    if conversation.failed and not interactive:
+        click.get_current_context().exit(1)
+
+
+def line_reader() -> Callable[[], str]:
+    """Return what reads a line: with editing and history on a terminal, plain from a pipe.
+
+    The history is kept in memory only: questions about private documents stay off the disk.
+    """
+    if not sys.stdin.isatty():
+        return input
+    if not is_fancy(sys.stdout):
+
+        def prompted() -> str:
+            click.echo("> ", nl=False, err=True)
+            return input()
+
+        return prompted
+
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import InMemoryHistory
+
+    prompt: PromptSession[str] = PromptSession(
+        history=InMemoryHistory(),
+        completer=WordCompleter(sorted(COMMANDS), sentence=True),
+        complete_while_typing=False,
+    )
+    return lambda: prompt.prompt("> ")
+
+
+@dataclass
+class Conversation:
+    """Questions and slash commands, line by line, until the lines end.
+
+    Attributes
+    ----------
+    session : DocumentChat
+        What answers.
+    read_line : callable
+        Returns the next line; raises EOFError at the end, KeyboardInterrupt for Ctrl-C.
+    max_tokens : int
+        Longest answer in tokens.
+    failed : bool
+        Whether a question or command failed.
+    """
+
+    session: DocumentChat
+    read_line: Callable[[], str]
+    max_tokens: int = 512
+    failed: bool = False
+
+    def run(self, *, interactive: bool) -> None:
+        """Answer until the end of input, ``/quit``, or Ctrl-C twice at the prompt."""
+        warned = False
+        while True:
+            try:
+                line = self.read_line().strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                if warned:
+                    click.echo(err=True)
+                    return
+                click.echo("(Ctrl-C again, Ctrl-D or /quit leaves)", err=True)
+                warned = True
+                continue
+            warned = False
+            if line in ("/quit", "/exit"):
+                return
+            if line:
+                self.handle(line)
+
+    def handle(self, line: str) -> None:
+        """Answer one question, or obey one command; errors are shown, not raised."""
+        try:
+            if line.startswith("/"):
+                self.command(line)
+            else:
+                pieces = self.session.ask(line, max_tokens=self.max_tokens)
+                stream_answer(pieces)
+                click.echo()
+        except KeyboardInterrupt:
+            click.echo("\n(stopped)", err=True)
+        except CapKVError as error:
+            self.failed = True
+            click.echo(f"error: {one_line(error)}", err=True)
+
+    def command(self, line: str) -> None:
+        """Obey a slash command.
+
+        Raises
+        ------
+        CapKVError
+            An unknown command, or one that failed.
+        """
+        name, _, argument = line.partition(" ")
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, [*COMMANDS, "/quit"], n=1, cutoff=0.0)
+            raise CapKVError(f"there is no command {name}; did you mean {near[0]}? (see /help)")
+        COMMANDS[name].run(self.session, argument.strip())
+
+
+# ---- slash commands ----------------------------------------------------------------------------
+
+
+def _stats(session: DocumentChat, argument: str) -> None:
+    click.echo(stats_text(session.stats()))
+
+
+def _budget(session: DocumentChat, argument: str) -> None:
+    if argument:
+        session.set_budget(budget_value(argument))
+    click.echo(f"budget: {session.stats().budget} cells per layer and head")
+
+
+def _policy(session: DocumentChat, argument: str) -> None:
+    if argument:
+        session.set_policy(argument)
+    click.echo(f"policy: {session.stats().policy}")
+    if not argument:
+        from capkv_local.policies import policy_names
+
+        click.echo(f"known: {', '.join(policy_names())}")
+
+
+def _save(session: DocumentChat, argument: str) -> None:
+    if not argument:
+        raise CapKVError("/save needs a file name, e.g. /save report.capkv")
+    path = Path(argument.strip("'\"")).expanduser()
+    if path.suffix.lower() != SESSION_SUFFIX:  # the ending is how `capkv chat` knows a session
+        path = path.with_name(path.name + SESSION_SUFFIX)
+    try:
+        session.save(path)
+        saved = path.stat().st_size
+    except OSError as error:
+        raise CapKVError(f"'{path}' cannot be written: {error.strerror or error}") from error
+    click.echo(f"saved {path} ({size(saved)}); go on with: capkv chat {shlex.quote(str(path))}")
+
+
+def _help(session: DocumentChat, argument: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        click.echo(f"{command.usage:<{width}}  {command.help}")
+    click.echo(f"{'/quit':<{width}}  leave (as Ctrl-D does)")
+
+
+@dataclass(frozen=True)
+class _Command:
+    usage: str
+    help: str
+    run: Callable[[DocumentChat, str], None]
+
+
+COMMANDS = {
+    "/stats": _Command("/stats", "show the KV cache: cells, memory, evictions, times", _stats),
+    "/budget": _Command("/budget N", "keep N cells, a fraction (0.25), or a size (64MiB)", _budget),
+    "/policy": _Command("/policy NAME", "choose what decides which cells stay", _policy),
+    "/save": _Command("/save PATH", "save this session to a .capkv file", _save),
+    "/help": _Command("/help", "show this list", _help),
+}

@@ -1,0 +1,289 @@
+"""What the verbs share: the model options, error handling, and opening files and sessions."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from capkv_local.cli import display
+from capkv_local.errors import CapKVError
+
+if TYPE_CHECKING:
+    from capkv_local.chat import DocumentChat, IngestProgress, IngestReport
+    from capkv_local.documents import Document
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+SESSION_SUFFIX = ".capkv"
+
+_DEBUG = "capkv_local.debug"  # key in click's context, shared between the group and its verbs
+
+
+class GuardedGroup(click.Group):
+    """A group that turns every error of a verb into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        tolerant_streams()
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click prints and exits for these itself
+        except KeyboardInterrupt:
+            click.echo("\ncapkv: stopped", err=True)
+            ctx.exit(130)
+        except CapKVError as error:
+            _fail(ctx, one_line(error))
+        except MemoryError:
+            _fail(ctx, "not enough memory; lower --budget or --n-ctx, or close other programs")
+        except Exception as error:
+            _fail(ctx, f"internal error: {type(error).__name__}: {one_line(error)} (see --debug)")
+
+
+def _fail(ctx: click.Context, message: str) -> NoReturn:
+    if ctx.meta.get(_DEBUG):
+        traceback.print_exc()
+    click.echo(f"capkv: error: {message}", err=True)
+    ctx.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def tolerant_streams() -> None:
+    """Make odd characters in answers and questions replaceable instead of fatal."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
+
+
+# ---- options -----------------------------------------------------------------------------------
+
+
+def budget_value(text: str) -> int | float | str:
+    """Read a budget as typed: ``2048`` is cells, ``0.25`` a fraction, anything else a size.
+
+    What it means, and whether it can be met, is decided where the model is known.
+    """
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of ``chat`` and ``ask`` that reach :class:`DocumentChat`; None = its default."""
+
+    model: Path | None = None
+    kv_policy: str | None = None
+    kv_budget: int | float | str | None = None
+    n_ctx: int | None = None
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+    type_k: str | None = None
+    type_v: str | None = None
+    seed: int | None = None
+    verbose: bool = False
+
+    def keywords(self) -> dict[str, Any]:
+        """Return only what was given, so that defaults are kept in one place."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta[_DEBUG] = value
+
+
+_CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
+_TYPES_HELP = f"one of {', '.join(CACHE_TYPES)}."
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show the trace of an error.",
+)
+_OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
+    click.option(
+        "--model",
+        type=click.Path(path_type=Path),
+        help="A model in a GGUF file. [default: the one `capkv doctor` shows]",
+    ),
+    click.option(
+        "--policy",
+        "kv_policy",
+        metavar="NAME",
+        help="What decides which cells stay; `capkv doctor` lists them. [default: capkv]",
+    ),
+    click.option(
+        "--budget",
+        "kv_budget",
+        type=budget_value,
+        metavar="N|0.25|512MiB",
+        help="KV cells to keep per layer and head: a count, a fraction of --n-ctx (0.25 or 25%), "
+        "or a memory size (512MiB). [default: 2048]",
+    ),
+    click.option(
+        "--n-ctx",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Tokens that document and conversation may have together.",
+    ),
+    click.option(
+        "--threads", "n_threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."
+    ),
+    click.option(
+        "--gpu-layers",
+        "n_gpu_layers",
+        type=click.IntRange(min=-1),
+        metavar="N",
+        help="Layers to run on the GPU; -1 is all. [default: 0]",
+    ),
+    click.option("--type-k", type=_CACHE_TYPE, metavar="TYPE", help=f"Cached keys: {_TYPES_HELP}"),
+    click.option(
+        "--type-v", type=_CACHE_TYPE, metavar="TYPE", help=f"Cached values: {_TYPES_HELP}"
+    ),
+    click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed for sampling."),
+    click.option("-v", "--verbose", is_flag=True, help="Show what llama.cpp logs."),
+    debug_option,
+)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the model options to a verb, which gets them as one argument, ``options``."""
+
+    @functools.wraps(command)
+    def collected(**params: Any) -> Any:
+        options = ModelOptions(**{f.name: params.pop(f.name) for f in fields(ModelOptions)})
+        return command(options=options, **params)
+
+    decorated: Callable[..., Any] = collected
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+# ---- files and sessions ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a command line: documents to read, and the saved session they continue."""
+
+    session: Path | None
+    documents: tuple[Document, ...]
+
+    @property
+    def title(self) -> str:
+        """Their names, for a line on the screen."""
+        names = [self.session.name] if self.session else []
+        names += [document.name for document in self.documents]
+        return ", ".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
+
+
+def read_sources(files: Sequence[str]) -> Sources:
+    """Read all files before a model loads, so that a wrong name fails at once.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Documents, ``-`` for standard input, and at most one saved session (``*.capkv``).
+
+    Raises
+    ------
+    click.UsageError
+        More than one saved session, or ``-`` twice.
+    DocumentError
+        A file that is missing or has no text.
+    """
+    sessions = [file for file in files if file.lower().endswith(SESSION_SUFFIX)]
+    if len(sessions) > 1:
+        raise click.UsageError(f"only one saved session can be opened, not {len(sessions)}")
+    if list(files).count("-") > 1:
+        raise click.UsageError("standard input (-) can be read only once")
+    session = Path(sessions[0]) if sessions else None
+    if session is not None and not session.is_file():
+        raise CapKVError(f"there is no saved session '{session}'; check the name and the folder")
+
+    from capkv_local.documents import read_document
+
+    documents = tuple(read_document(file) for file in files if file not in sessions)
+    return Sources(session, documents)
+
+
+def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
+    """Load the model, and the saved session if there is one."""
+    from capkv_local.chat import DocumentChat
+
+    with display.waiting("loading the model"):
+        if sources.session is not None:
+            return DocumentChat.load(sources.session, **options.keywords())
+        return DocumentChat(**options.keywords())
+
+
+def ingest(
+    session: DocumentChat,
+    sources: Sources,
+    *,
+    question: str | None = None,
+    quiet: bool = False,
+    keep_part: bool = False,
+) -> IngestReport | None:
+    """Read the documents, if there are any, with progress and a closing line on standard error.
+
+    Parameters
+    ----------
+    session : DocumentChat
+        What reads them.
+    sources : Sources
+        What to read.
+    question : str, optional
+        The question, when it is known before reading.
+    quiet : bool
+        Show nothing.
+    keep_part : bool
+        Whether Ctrl-C keeps what was read, instead of being raised.
+
+    Returns
+    -------
+    IngestReport or None
+        None when there was nothing to read.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        Ctrl-C without `keep_part`, or before anything was read.
+    """
+    if not sources.documents:
+        return None
+    last: IngestProgress | None = None
+    with display.ingest_progress(quiet=quiet) as show:
+
+        def progress(now: IngestProgress) -> None:
+            nonlocal last
+            last = now
+            show(now)
+
+        report = session.ingest(sources.documents, question=question, progress=progress)
+    if not report.complete and not (keep_part and report.tokens):
+        raise KeyboardInterrupt
+    if not quiet:
+        click.echo(display.report_text(sources.title, report), err=True)
+    if not report.complete:
+        of = f" of {last.total:,}" if last else ""
+        click.echo(
+            f"stopped after {report.tokens:,}{of} tokens: answers know only this part", err=True
+        )
+    return report

@@ -1,0 +1,48 @@
+"""Every error capkv-local raises on purpose: what happened, with which value, what to do.
+
+All derive from :class:`CapKVError`, so ``except CapKVError`` catches them together; those that
+replace a ``ValueError`` or ``RuntimeError`` of llama-cpp-python also derive from it, so existing
+handlers keep working.
+"""
+
+from __future__ import annotations
+
+
+class CapKVError(Exception):
+    """Base of all errors of this package."""
+
+
+class BudgetError(CapKVError, ValueError):
+    """A KV budget that cannot be met: too small, too large or unreadable."""
+
+
+class PolicyError(CapKVError, ValueError):
+    """An unknown policy, or a policy that returned unusable scores."""
+
+
+class UnsupportedModel(CapKVError):
+    """A model, or a setting, whose memory cannot be evicted per head."""
+
+
+class ModelFileError(CapKVError, ValueError):
+    """The model file is missing, damaged or not a GGUF."""
+
+
+class NativeBuildMissing(CapKVError):
+    """The loaded llama.cpp library lacks the eviction functions (a stock build)."""
+
+
+class NativeError(CapKVError, RuntimeError):
+    """A native call failed for a reason the other errors do not name."""
+
+
+class ContextOverflow(CapKVError, ValueError):
+    """More tokens than the logical context holds."""
+
+
+class StateError(CapKVError, RuntimeError):
+    """A saved state that does not fit this model, cache or policy."""
+
+
+class DocumentError(CapKVError, ValueError):
+    """A document that cannot be read as text."""

@@ -1,0 +1,388 @@
+"""ctypes binding of the functions that ``patches/`` adds to llama.cpp; nothing else touches ctypes.
+
+Mirrors ``include/llama-kv-evict.h`` of the patched tree. Arrays go in and out as C-contiguous numpy
+arrays of the shapes in the header; every status below 0 becomes a typed exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import llama_cpp._logger
+import numpy as np
+import numpy.typing as npt
+
+from capkv_local.errors import CapKVError, NativeBuildMissing, NativeError, UnsupportedModel
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+
+ABI = 1
+
+# llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
+_OK = 0
+_UNSUPPORTED = range(-13, -1)  # ERR_BLOCKS .. ERR_NO_MEMORY
+_ERR_FLASH_ATTN = -9
+
+_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_GGML_TYPE_BF16 = 30
+
+
+class Stat(enum.IntEnum):
+    """``llama_memory_stat``: what one :meth:`KVCache.score` call computes."""
+
+    ATTN_MEAN = 0
+    ATTN_MAX = 1
+    ATTN_SQR = 2
+    ANCHOR_COS = 3
+    ANCHOR_DOT = 4
+    KEY_NORM = 5
+    VALUE_NORM = 6
+    KEY_COS = 7
+    LEVERAGE_K = 8
+    LEVERAGE_V = 9
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("n_layer", "n_head_kv", "n_head")),
+        *((name, ctypes.c_uint32) for name in ("n_embd_head_k", "n_embd_head_v")),
+        *((name, ctypes.c_uint32) for name in ("n_cells", "n_cells_max", "n_compact")),
+        ("pos_compact", ctypes.c_int32),
+        ("n_queries", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("n_bytes_cell", "n_bytes_kv")),
+        *((name, ctypes.c_uint64) for name in ("n_bytes_other", "n_bytes_observe")),
+    ]
+
+
+class _ObserveParams(ctypes.Structure):
+    _fields_ = [
+        ("n_window", ctypes.c_uint32),
+        ("mean_query", ctypes.c_bool),
+        ("n_skip", ctypes.c_int32),
+    ]
+
+
+class _ScoreParams(ctypes.Structure):
+    _fields_ = [
+        ("stat", ctypes.c_int),
+        ("n_cells", ctypes.c_uint32),
+        ("n_queries", ctypes.c_uint32),
+        ("per_head", ctypes.c_bool),
+        ("n_future", ctypes.c_uint32),
+        ("lambda_", ctypes.c_float),
+        ("n_head_w", ctypes.c_uint32),
+        ("weights", ctypes.c_void_p),
+    ]
+
+
+@dataclass(frozen=True)
+class Info:
+    """``llama_memory_evict_info``: sizes in cells and bytes, see the header."""
+
+    n_layer: int
+    n_head_kv: int
+    n_head: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+    n_cells: int
+    n_cells_max: int
+    n_compact: int
+    pos_compact: int
+    n_queries: int
+    n_bytes_cell: int
+    n_bytes_kv: int
+    n_bytes_other: int
+    n_bytes_observe: int
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_memory_evict_status_str": (ctypes.c_char_p, [ctypes.c_int32]),
+    "llama_memory_evict_abi": (ctypes.c_int32, []),
+    "llama_memory_evict_supported": (ctypes.c_int32, [ctypes.c_void_p]),
+    "llama_memory_evict_get_info": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(_Info)]),
+    "llama_memory_evict_positions": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t],
+    ),
+    "llama_memory_evict_set_n_ctx": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_uint32]),
+    "llama_memory_observe": (ctypes.c_int32, [ctypes.c_void_p, _ObserveParams]),
+    "llama_memory_observe_set_mean": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_memory_score": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, _ScoreParams, ctypes.c_void_p, ctypes.c_size_t],
+    ),
+    "llama_memory_evict": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t],
+    ),
+}
+
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+
+def cache_type(name: str) -> int:
+    """``ggml_type`` of one of :data:`CACHE_TYPES`.
+
+    Raises
+    ------
+    UnsupportedModel
+        Another name.
+    """
+    if name.lower() not in CACHE_TYPES:
+        raise UnsupportedModel(f"no KV cache type '{name}': there are {', '.join(CACHE_TYPES)}")
+    # llama-cpp-python does not name all of ggml's types
+    return int(getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", _GGML_TYPE_BF16))
+
+
+def library_path() -> str:
+    """Path of the loaded llama library."""
+    return str(llama_cpp.llama_cpp._lib._name)
+
+
+@functools.cache
+def _functions() -> dict[str, Callable[..., Any]]:
+    lib = llama_cpp.llama_cpp._lib
+    functions: dict[str, Callable[..., Any]] = {}
+    for name, (restype, argtypes) in _SIGNATURES.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError:
+            raise NativeBuildMissing(
+                f"{library_path()} is a stock llama.cpp without {name}(): "
+                "build the patched one with scripts/build, or use kv_policy=None"
+            ) from None
+        function.restype = restype
+        function.argtypes = argtypes
+        functions[name] = function
+    abi = functions["llama_memory_evict_abi"]()
+    if abi != ABI:
+        raise NativeBuildMissing(
+            f"{library_path()} has version {abi} of the eviction functions, this package needs "
+            f"{ABI}: rebuild with scripts/build"
+        )
+    return functions
+
+
+def require() -> None:
+    """Raise :class:`NativeBuildMissing` unless the loaded library is the patched one."""
+    _functions()
+
+
+def _status_text(status: int) -> str:
+    text: bytes = _functions()["llama_memory_evict_status_str"](status)
+    return text.decode()
+
+
+def _check(status: int, what: str) -> None:
+    if status == _OK:
+        return
+    reason = _status_text(status)
+    if status == _ERR_FLASH_ATTN:
+        raise UnsupportedModel(f"cannot {what}: {reason}; use flash_attn=True or kv_policy=None")
+    if status in _UNSUPPORTED:
+        raise UnsupportedModel(f"cannot {what} because {reason}; use kv_policy=None")
+    raise NativeError(f"cannot {what}: {reason} (status {status})")
+
+
+class KVCache:
+    """The part of a context's KV cache that can be evicted per head.
+
+    Parameters
+    ----------
+    ctx
+        ``llama_context *`` as llama-cpp-python holds it; must outlive this object.
+
+    Raises
+    ------
+    NativeBuildMissing
+        The library is a stock one.
+    UnsupportedModel
+        The memory of the model, or a setting of the context, does not allow eviction.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self._f = _functions()
+        _check(self._f["llama_memory_evict_supported"](ctx), "evict KV cells per head")
+
+    def info(self) -> Info:
+        raw = _Info()
+        _check(
+            self._f["llama_memory_evict_get_info"](self._ctx, ctypes.byref(raw)),
+            "read the state of the KV cache",
+        )
+        return Info(**{name: int(getattr(raw, name)) for name, _ in raw._fields_})  # type: ignore[misc]
+
+    def positions(self) -> I32:
+        """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``."""
+        info = self.info()
+        out = np.empty((info.n_layer, info.n_head_kv, info.n_cells), dtype=np.int32)
+        status = self._f["llama_memory_evict_positions"](self._ctx, out.ctypes.data, out.size)
+        _check(status, "read the positions of the KV cells")
+        return out
+
+    def set_n_ctx(self, n_ctx: int) -> None:
+        """Declare the logical context length (tokens) of a cache of fewer cells."""
+        _check(
+            self._f["llama_memory_evict_set_n_ctx"](self._ctx, n_ctx),
+            f"use a context of {n_ctx} tokens",
+        )
+
+    def observe(self, n_window: int, *, mean_query: bool = False, n_skip: int = 0) -> None:
+        """Observe the last ``n_window`` queries (0 and no mean: stop) from the next decode on."""
+        params = _ObserveParams(n_window, mean_query, n_skip)
+        _check(self._f["llama_memory_observe"](self._ctx, params), "observe queries")
+
+    def set_mean(self, enabled: bool) -> None:
+        """Whether the next decodes enter the mean query."""
+        _check(self._f["llama_memory_observe_set_mean"](self._ctx, enabled), "observe queries")
+
+    def score(
+        self,
+        stat: Stat,
+        *,
+        n_cells: int,
+        n_queries: int = 0,
+        per_head: bool = False,
+        n_future: int = 0,
+        noise: float = 0.0,
+        weights: F32 | None = None,
+    ) -> F32:
+        """One statistic of the first ``n_cells`` cells, ``[n_layer, n_rows, n_cells]``.
+
+        ``n_rows`` is ``n_head`` for the anchor and with ``per_head``, else ``n_head_kv``.
+        ``weights`` is ``[n_layer, n_head_w, n_cells]`` with ``n_head_w`` a multiple of
+        ``n_head_kv``.
+        """
+        info = self.info()
+        attention = stat <= Stat.ATTN_SQR
+        anchor = stat in (Stat.ANCHOR_COS, Stat.ANCHOR_DOT)
+        n_rows = info.n_head if anchor or (attention and per_head) else info.n_head_kv
+        params = _ScoreParams(
+            stat=int(stat),
+            n_cells=n_cells,
+            n_queries=n_queries,
+            per_head=per_head,
+            n_future=n_future,
+            lambda_=noise,
+        )
+        if weights is not None:
+            weights = np.ascontiguousarray(weights, dtype=np.float32)
+            if weights.ndim != 3 or weights.shape[::2] != (info.n_layer, n_cells):
+                raise NativeError(
+                    f"weights have shape {weights.shape} instead of "
+                    f"({info.n_layer}, n_head, {n_cells})"
+                )
+            params.n_head_w = weights.shape[1]
+            params.weights = weights.ctypes.data
+        out = np.empty((info.n_layer, n_rows, n_cells), dtype=np.float32)
+        status = self._f["llama_memory_score"](self._ctx, params, out.ctypes.data, out.size)
+        _check(status, f"compute {stat.name}")
+        return out
+
+    def evict(self, keep: I32) -> None:
+        """Keep the cells ``keep[n_layer, n_head_kv, n_keep]`` (ascending) and free the others."""
+        keep = np.ascontiguousarray(keep, dtype=np.int32)
+        status = self._f["llama_memory_evict"](
+            self._ctx, keep.shape[-1], keep.ctypes.data, keep.size
+        )
+        _check(status, "evict KV cells")
+
+
+def get_state(ctx: Any) -> bytes:
+    """The whole state of a context: cells, their compaction and the observed queries."""
+    size = llama_cpp.llama_state_get_size(ctx)
+    buffer = (ctypes.c_uint8 * size)()
+    n = llama_cpp.llama_state_get_data(ctx, buffer, size)
+    if n != size:
+        raise NativeError(f"llama.cpp wrote {n} of {size} bytes of its state")
+    return bytes(buffer)
+
+
+def set_state(ctx: Any, data: bytes) -> bool:
+    """Restore what :func:`get_state` returned; False if it does not fit (the cells are lost)."""
+    buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+    return bool(llama_cpp.llama_state_set_data(ctx, buffer, len(data)) == len(data))
+
+
+def set_lora(ctx: Any, adapter: Any, scale: float) -> None:
+    """Use one LoRA adapter in a context."""
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+    if llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(scale)):
+        raise NativeError("the LoRA adapter cannot be set on a new context")
+
+
+@contextlib.contextmanager
+def error_log() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs as errors inside the block, one line each."""
+    lines: list[str] = []
+    stock = llama_cpp._logger.llama_log_callback
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        if level == _LOG_LEVEL_ERROR:
+            lines.append(text.decode(errors="replace").strip())
+        stock(level, text, user_data)
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(stock, ctypes.c_void_p(0))
+
+
+def doctor() -> dict[str, Any]:
+    """What is loaded: for ``capkv doctor`` and bug reports.
+
+    Keys: ``library``, ``patched``, ``abi``, ``features``, ``devices``, ``system_info``,
+    ``problems`` (one sentence each).
+    """
+    problems: list[str] = []
+    abi: int | None = None
+    try:
+        abi = int(_functions()["llama_memory_evict_abi"]())
+    except CapKVError as error:
+        problems.append(str(error))
+    return {
+        "library": library_path(),
+        "patched": abi is not None,
+        "abi": abi,
+        "features": [stat.name.lower() for stat in Stat] if abi is not None else [],
+        "devices": _devices(),
+        "system_info": llama_cpp.llama_print_system_info().decode(errors="replace").strip(),
+        "problems": problems,
+    }
+
+
+def _devices() -> list[dict[str, str]]:
+    """Devices that ggml registered, by name; empty where the library does not export the list."""
+    base = Path(library_path()).parent
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    prefix = "" if os.name == "nt" else "lib"
+    try:
+        lib = ctypes.CDLL(str(base / f"{prefix}ggml{suffix}"))
+        base_lib = ctypes.CDLL(str(base / f"{prefix}ggml-base{suffix}"))
+        count, get = lib.ggml_backend_dev_count, lib.ggml_backend_dev_get
+        name, description = base_lib.ggml_backend_dev_name, base_lib.ggml_backend_dev_description
+    except (OSError, AttributeError):
+        return []
+    count.restype = ctypes.c_size_t
+    get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    for function in (name, description):
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+    return [
+        {"name": name(device).decode(), "description": description(device).decode()}
+        for device in map(get, range(count()))
+    ]

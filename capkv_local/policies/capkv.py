@@ -1,0 +1,99 @@
+"""CapKV with observed relevance: what the last queries look at, no two cells for the same thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capkv_local.policies.base import F32, BasePolicy, KVStats, above_all, pool_cells, register
+from capkv_local.policies.base import window_mask as in_window
+
+
+@register
+@dataclass(frozen=True)
+class CapKV(BasePolicy):
+    """Capacity of each cell under the attention that was observed; the default.
+
+    Source: the capacity score of CapKV (arXiv 2604.25975) with another relevance. Per KV head,
+    over the contested cells (all but sinks and recent window)::
+
+        w_i = max(pool_j(E[a_j²]), carried_i)          a: attention of the last n_window queries
+        L   = noise sum_j w_j ||u_j||²
+        s_i = w_i u_i' (L I + sum_j w_j u_j u_j')^-1 u_i
+
+    The output ``sum_i a_i v_i`` for a random query has the signal covariance
+    ``sum_i E[a_i²] v_i v_i'``, so the second moment is the weight that the linear-Gaussian model
+    itself asks for, averaged over queries and the query heads of the KV head. A large `noise`
+    ranks by relevance alone, ``w_i ||u_i||²``; a small one by diversity.
+
+    Parameters
+    ----------
+    n_sinks, n_recent
+        See :class:`~capkv_local.policies.base.BasePolicy`. Both stay outside the sums: they are
+        kept anyway, and the sinks' attention would drown all other.
+    n_window
+        Last queries observed. 32 keep scoring below 5% of a small model's prefill on a CPU.
+    pool
+        Odd kernel of the average over neighbouring contested cells; 1 switches it off. 15 keeps
+        whole numbers whose first digits were looked at; 7 loses last digits.
+    u
+        Capacity vectors, ``"value"`` (the direction in which a cell moves the output) or
+        ``"key"``; measured, they hardly differ.
+    noise
+        Ridge as a share of the head's weighted energy, so that heads of any scale are treated
+        alike (right while each head has the same budget). In a head of 64 dimensions a white
+        spectrum has 1/64 of its energy in each, so the default is as strong as a mean dimension.
+        docs/policies.md has the numbers behind the defaults.
+
+    Notes
+    -----
+    Departures from the paper: observed attention instead of one mean query, second moments, one
+    capacity matrix per KV head instead of per query head, a ridge relative to the head.
+
+    Streaming: a survivor's relevance is the largest it ever had, since a passage that some past
+    window needed is not worthless because the present one looks elsewhere. Cells inside the
+    window are looked at by their own neighbours and would keep that as fame: they are carried
+    only once a later window has judged them.
+    """
+
+    name: ClassVar[str] = "capkv"
+    needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+
+    n_window: int = 32
+    pool: int = 15
+    u: Literal["value", "key"] = "value"
+    noise: float = 1.0 / 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("pool", self.pool >= 1 and self.pool % 2 == 1, "odd and 1 or more")
+        self._require("u", self.u in ("value", "key"), "'value' or 'key'")
+        self._require("noise", 0 < self.noise < np.inf, "finite and above 0")
+
+    def score(self, stats: KVStats) -> F32:
+        """Capacity, sinks and recent above all; hands the relevance on to the next round."""
+        kept = np.ones(stats.n_cells, bool)
+        kept[self.n_sinks : max(self.n_sinks, stats.n_cells - self.n_recent)] = False
+        relevance = self._relevance(stats, kept)  # [n_layer, n_head_kv, n_cells]
+        stats.carry(np.where(in_window(stats), np.float32(0), relevance))
+        norm = stats.value_norm() if self.u == "value" else stats.key_norm()
+        energy = (relevance * norm.astype(np.float64) ** 2).sum(axis=-1, keepdims=True)
+        ridge = np.maximum(self.noise * energy, np.finfo(np.float32).tiny)
+        # Leverage depends on weight / noise alone, and the ridge is each head's own.
+        score = stats.leverage(self.u, (relevance / ridge).astype(np.float32), noise=1.0)
+        return above_all(score, np.broadcast_to(kept, score.shape))
+
+    def _relevance(self, stats: KVStats, kept: NDArray[np.bool_]) -> F32:
+        """Pooled second moment or what was carried, whichever is larger; 0 for `kept` cells."""
+        attention = stats.window_attention(reduce="second_moment")
+        contested = (~kept).astype(np.float32)
+        pooled = pool_cells(attention * contested, self.pool)
+        # Near the ends the pool sees fewer contested cells: average over those alone.
+        share = np.maximum(pool_cells(contested, self.pool), np.float32(1.0 / self.pool))
+        relevance = pooled / share
+        if stats.carried is not None:
+            relevance = np.maximum(relevance, stats.carried)
+        return np.asarray(relevance * contested, np.float32)
