@@ -1,0 +1,55 @@
+"""The real default model, loaded once per set of options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capkv_local import Llama
+from capkv_local.models import default_model
+
+TEXT = Path(__file__).parent.parent / "data" / "licence.txt"
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    return default_model()
+
+
+class Models:
+    """Opens models; the latest of each set of options is kept and handed out reset."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: dict[str, Llama] = {}
+
+    def __call__(self, **options: Any) -> Llama:
+        key = repr(sorted(options.items()))
+        if key not in self._open:
+            if len(self._open) >= 4:
+                self._open.pop(next(iter(self._open))).close()
+            settings = {"n_threads": 2, "n_threads_batch": 2, "verbose": False, "n_ctx": 2048}
+            self._open[key] = Llama(self.path, **{**settings, **options})
+        llama = self._open[key]
+        llama.reset()
+        return llama
+
+    def close(self) -> None:
+        for llama in self._open.values():
+            llama.close()
+
+
+@pytest.fixture(scope="session")
+def models(model_path: Path) -> Iterator[Models]:
+    opened = Models(model_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def tokens(models: Models) -> list[int]:
+    """A long real text."""
+    return models(n_ctx=512, kv_policy=None).tokenize(TEXT.read_bytes(), add_bos=False)

@@ -1,0 +1,317 @@
+"""``Llama`` as users of llama-cpp-python use it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+
+import capkv_local
+from capkv_local import BudgetError, ContextOverflow, Llama, ModelFileError, StateError
+from capkv_local.policies import policy_names
+from tests.model.conftest import Models
+
+SMALL = {"kv_budget": 256, "n_ctx": 4096, "n_batch": 256}
+
+
+def logits(llama: Any) -> np.ndarray[Any, Any]:
+    return np.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),)).copy()
+
+
+def greedy(llama: Llama, prompt: list[int], n: int) -> list[int]:
+    out: list[int] = []
+    for token in llama.generate(prompt, temp=0.0):
+        out.append(token)
+        if len(out) == n:
+            return out
+    return out
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_without_a_policy_logits_are_those_of_stock(
+    models: Models, model_path: Path, tokens: list[int], flash_attn: bool
+) -> None:
+    ours = models(kv_policy=None, n_ctx=1024, flash_attn=flash_attn)
+    stock = llama_cpp.Llama(
+        str(model_path), n_ctx=1024, flash_attn=flash_attn, n_threads=2, verbose=False
+    )
+    for llama in (ours, stock):
+        llama.eval(tokens[:300])
+    assert np.array_equal(logits(ours), logits(stock))
+    stock.close()
+
+
+@pytest.mark.parametrize("policy", ["capkv", "capkv-paper"])
+def test_until_the_first_eviction_logits_are_those_of_stock(
+    models: Models, tokens: list[int], policy: str
+) -> None:
+    """Observing does not touch what is computed."""
+    ours = models(kv_policy=policy, kv_budget=1024, n_ctx=2048)
+    ours.eval(tokens[:600])
+    stock = models(kv_policy=None, flash_attn=True, n_ctx=2048)
+    stock.eval(tokens[:600])
+    assert ours.kv_stats().evictions == 0
+    assert np.array_equal(logits(ours), logits(stock))
+
+
+@pytest.mark.parametrize("policy", [name for name in policy_names() if name != "full"])
+def test_every_policy_streams_a_long_prompt(models: Models, tokens: list[int], policy: str) -> None:
+    llama = models(kv_policy=policy, **SMALL)
+    llama.prefill(tokens[:1500])
+    stats = llama.kv_stats()
+    assert (stats.policy, stats.n_tokens, stats.n_cells) == (policy, 1500, 256)
+    assert stats.evictions >= 3
+    positions = llama.kv_positions()
+    assert np.array_equal(positions[..., :4], np.broadcast_to(np.arange(4), (30, 3, 4)))
+    recent = np.arange(1500 - 32, 1500)
+    assert np.array_equal(positions[..., -32:], np.broadcast_to(recent, (30, 3, 32)))
+    assert (np.diff(positions, axis=-1) > 0).all()
+    assert np.isfinite(logits(llama)).all()
+    assert len(greedy(llama, tokens[:1500], 4)) == 4
+
+
+def test_full_never_evicts(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="full", n_ctx=1024)
+    llama.prefill(tokens[:900])
+    stats = llama.kv_stats()
+    assert (stats.evictions, stats.n_cells) == (0, 900)
+
+
+def test_generation_goes_on_past_the_room(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="streaming", kv_room=16, **SMALL)
+    n_max = llama.kv_stats().n_cells_max
+    before = llama.kv_stats().evictions
+    llama.prefill(tokens[:700])
+    for i in range(n_max):
+        llama.eval([tokens[700 + i]])
+    assert llama.kv_stats().evictions - before >= 3
+    assert llama.kv_stats().n_cells <= n_max
+    assert llama.n_tokens == 700 + n_max
+
+
+def test_a_longer_prompt_reuses_the_cells(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="snapkv", **SMALL)
+    prompt = tokens[:1200]
+    answer = greedy(llama, prompt, 8)
+    decoded = llama.kv_stats().t_decode_s
+    n_before = llama.n_tokens
+    more = prompt + answer + tokens[1200:1220]
+    greedy(llama, more, 4)
+    # Only the 20 new tokens and the answers were decoded: nowhere near 1200 again.
+    assert llama.n_tokens >= n_before + 20
+    assert llama.kv_stats().t_decode_s - decoded < decoded / 2
+
+
+def test_another_prompt_starts_anew(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+    first = greedy(llama, tokens[:1200], 8)
+    greedy(llama, tokens[300:1500], 8)
+    assert greedy(llama, tokens[:1200], 8) == first
+
+
+def test_state_continues_as_if_nothing_happened(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+    llama.prefill(tokens[:1200])
+    state = llama.save_state()
+
+    def go_on() -> np.ndarray[Any, Any]:
+        llama.prefill(tokens[1200:2000])  # evicts again: needs queries and carried relevance
+        return logits(llama)
+
+    expected = go_on()
+    positions = llama.kv_positions()
+    llama.reset()
+    llama.prefill(tokens[2000:2300])
+    llama.load_state(state)
+    assert np.array_equal(go_on(), expected)
+    assert np.array_equal(llama.kv_positions(), positions)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_lost(
+    models: Models, tokens: list[int]
+) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+    llama.prefill(tokens[:1200])
+    state = llama.save_state()
+    expected = greedy(llama, tokens[:1200], 6)
+    damaged = llama.save_state()
+    damaged.llama_state = damaged.llama_state[:-1000]
+    damaged.llama_state_size = len(damaged.llama_state)
+    with pytest.raises(StateError, match="does not fit"):
+        llama.load_state(damaged)
+    llama.load_state(state)
+    assert greedy(llama, tokens[:1200], 6) == expected
+    other = models(kv_policy="snapkv", **SMALL)
+    other.prefill(tokens[:300])
+    with pytest.raises(StateError, match="capkv"):
+        other.load_state(state)
+    assert other.n_tokens == 300
+
+
+def test_a_stock_cache_refuses_a_compacted_state(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="streaming", **SMALL)
+    llama.prefill(tokens[:1200])
+    state = llama.save_state()
+    stock = models(kv_policy=None, flash_attn=True, n_ctx=2048)
+    with pytest.raises(StateError, match="compacted"):
+        stock.load_state(state)
+
+
+def test_budget_and_policy_can_change(models: Models, model_path: Path, tokens: list[int]) -> None:
+    llama = Llama(model_path, kv_policy="capkv", verbose=False, n_threads=2, **SMALL)
+    llama.prefill(tokens[:1200])
+    llama.set_kv_budget(128)
+    assert llama.kv_stats().n_cells == 128
+    llama.set_kv_budget(600)
+    assert llama.kv_stats().n_cells == 128 and llama.kv_stats().n_cells_max >= 856
+    llama.set_kv_policy("keydiff")
+    llama.prefill(tokens[1200:2600])
+    assert llama.kv_stats().n_cells == 600 and llama.kv_stats().policy == "keydiff"
+    for wrong, error in ((5, BudgetError), (10**6, BudgetError), ("soup", BudgetError)):
+        with pytest.raises(error):
+            llama.set_kv_budget(wrong)
+    with pytest.raises(capkv_local.PolicyError, match="snapkv"):
+        llama.set_kv_policy("snapkvv")
+    assert llama.kv_stats().n_cells == 600
+    llama.close()
+
+
+def test_completions_and_chat(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+    text = llama.detokenize(tokens[:1000]).decode(errors="ignore")
+    out = llama(text, max_tokens=6, temperature=0.0)
+    assert out["usage"]["completion_tokens"] <= 6 and out["usage"]["prompt_tokens"] > 900
+    stream = "".join(
+        part["choices"][0]["text"]
+        for part in llama.create_completion(text, max_tokens=6, temperature=0.0, stream=True)
+    )
+    assert stream == out["choices"][0]["text"]
+    messages = [{"role": "user", "content": text + "\n\nSay hello."}]
+    chat = llama.create_chat_completion(messages, max_tokens=6, temperature=0.0)
+    assert chat["choices"][0]["message"]["content"]
+    parts = list(llama.create_chat_completion(messages, max_tokens=6, temperature=0.0, stream=True))
+    content = "".join(p["choices"][0]["delta"].get("content", "") for p in parts)
+    assert content == chat["choices"][0]["message"]["content"]
+
+
+def test_a_prompt_beyond_the_context(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+    llama.prefill(tokens[:500])
+    with pytest.raises(ContextOverflow, match="n_ctx"):
+        llama.prefill(tokens[:4000])
+    assert llama.n_tokens == 500
+    with pytest.raises(ContextOverflow, match="n_ctx"):
+        llama(tokens[:5000], max_tokens=4)
+    llama.prefill(tokens[500:600])
+    assert llama.n_tokens == 600
+
+
+def test_ctrl_c_in_prefill_keeps_the_chunks_so_far(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+
+    def press(done: int, total: int) -> None:
+        if done >= 768:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        llama.prefill(tokens[:2000], progress=press)
+    assert llama.n_tokens == 768
+    llama.prefill(tokens[768:1500])
+    whole = logits(llama)
+    llama.reset()
+    llama.prefill(tokens[:768])
+    # The chunks are the same, but an uninterrupted prefill settles at its end.
+    assert llama.n_tokens == 768
+    assert np.isfinite(whole).all()
+
+
+def test_ctrl_c_in_generation_keeps_the_session(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+    got = []
+    with pytest.raises(KeyboardInterrupt):
+        for token in llama.generate(tokens[:600], temp=0.0):
+            got.append(token)
+            if len(got) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert greedy(llama, tokens[:600], 5) == got
+
+
+def test_observing_a_question_leaves_no_trace_in_the_sequence(
+    models: Models, tokens: list[int]
+) -> None:
+    llama = models(kv_policy="snapkv", **SMALL)
+    question = llama.tokenize(b"Who may convey a work under this licence?", add_bos=False)
+    llama.prefill(tokens[:1500], observe="question", question=question)
+    assert llama.n_tokens == 1500
+    assert llama.kv_positions().max() == 1499
+    seen = llama.kv_positions()
+    llama.reset()
+    llama.prefill(tokens[:1500])
+    assert not np.array_equal(seen, llama.kv_positions())  # the question did decide
+    with pytest.raises(BudgetError, match="does not fit"):
+        llama.prefill(tokens[1500:1600], observe="question", question=question * 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_budget": 36}, "at least 37"),
+        ({"kv_budget": 5000, "n_ctx": 4096}, "exceeds the context"),
+        ({"kv_budget": 0.0}, "kv_budget"),
+        ({"kv_budget": 1.5}, "kv_budget"),
+        ({"kv_budget": "many"}, "kv_budget"),
+        ({"kv_budget": "1KiB", "n_ctx": 1024}, "below"),
+        ({"kv_room": -1}, "kv_room"),
+    ],
+)
+def test_impossible_budgets(model_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        Llama(model_path, verbose=False, **{"n_ctx": 2048, **options})
+
+
+def test_budgets_in_bytes_and_fractions(model_path: Path) -> None:
+    per_cell = 23040
+    llama = Llama(model_path, n_ctx=4096, kv_budget="24MiB", verbose=False)
+    assert llama.kv_stats().budget == 24 * 2**20 // per_cell
+    assert llama.kv_stats().kv_bytes == llama.kv_stats().n_cells_max * per_cell
+    llama.close()
+    llama = Llama(model_path, n_ctx=0, kv_budget=0.25, verbose=False)
+    assert (llama.kv_stats().budget, llama.n_ctx()) == (2048, 8192)
+    llama.close()
+
+
+def test_unknown_policy_names_the_nearest(model_path: Path) -> None:
+    with pytest.raises(capkv_local.PolicyError, match="capkv-paper"):
+        Llama(model_path, kv_policy="capkv-papers", verbose=False)
+
+
+def test_model_files_that_are_none(tmp_path: Path, model_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="no model file"):
+        Llama(tmp_path / "missing.gguf")
+    with pytest.raises(ModelFileError, match="folder"):
+        Llama(tmp_path)
+    text = tmp_path / "text.gguf"
+    text.write_text("Hello, this is a text.")
+    with pytest.raises(ModelFileError, match="not a GGUF"):
+        Llama(text)
+    text.write_bytes(b"")
+    with pytest.raises(ModelFileError, match="empty"):
+        Llama(text)
+    for n_bytes in (4, 1000, 10_000_000):
+        cut = tmp_path / f"cut{n_bytes}.gguf"
+        with model_path.open("rb") as file:
+            cut.write_bytes(file.read(n_bytes))
+        with pytest.raises(ModelFileError, match="cannot be loaded"):
+            Llama(cut, verbose=False)
+
+
+def test_flash_attention_off_is_refused(model_path: Path) -> None:
+    with pytest.raises(capkv_local.UnsupportedModel, match="flash_attn"):
+        Llama(model_path, flash_attn=False, verbose=False)
+    with pytest.raises(capkv_local.UnsupportedModel, match="embedding"):
+        Llama(model_path, embedding=True, verbose=False)

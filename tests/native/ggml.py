@@ -1,0 +1,185 @@
+"""The pieces of ggml's C interface that op tests need, over ctypes.
+
+Works on the libraries of the built ``llama_cpp`` package, or on those in the folder that
+``LLAMA_CPP_LIB_PATH`` names. Nothing here is used by the product.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
+from gguf import quants
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+U8 = NDArray[np.uint8]
+
+CACHE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+"""The types that llama.cpp allows for a K or V cache."""
+
+_HEADROOM = 128 << 20
+"""Bytes of a ggml context beside the tensors: graph and work buffer (pages untouched are free)."""
+
+
+class _InitParams(ct.Structure):
+    _fields_ = (("mem_size", ct.c_size_t), ("mem_buffer", ct.c_void_p), ("no_alloc", ct.c_bool))
+
+
+_POINTER, _I64, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_size_t, ct.c_int
+
+# name: (library, result, arguments)
+_FUNCTIONS: dict[str, tuple[str, Any, list[Any]]] = {
+    "ggml_init": ("ggml-base", _POINTER, [_InitParams]),
+    "ggml_free": ("ggml-base", None, [_POINTER]),
+    "ggml_new_tensor_1d": ("ggml-base", _POINTER, [_POINTER, _INT, _I64]),
+    "ggml_new_tensor_2d": ("ggml-base", _POINTER, [_POINTER, _INT, _I64, _I64]),
+    "ggml_view_3d": ("ggml-base", _POINTER, [_POINTER, _POINTER, *[_I64] * 3, *[_SIZE] * 3]),
+    "ggml_get_data": ("ggml-base", _POINTER, [_POINTER]),
+    "ggml_row_size": ("ggml-base", _SIZE, [_INT, _I64]),
+    "ggml_new_graph": ("ggml-base", _POINTER, [_POINTER]),
+    "ggml_build_forward_expand": ("ggml-base", None, [_POINTER, _POINTER]),
+    "ggml_quantize_chunk": ("ggml-base", _SIZE, [_INT, _POINTER, _POINTER, *[_I64] * 3, _POINTER]),
+    "ggml_graph_compute_with_ctx": ("ggml-cpu", _INT, [_POINTER, _POINTER, _INT]),
+    "ggml_leverage_score": (
+        "ggml-base",
+        _POINTER,
+        [_POINTER, _POINTER, _POINTER, ct.c_float, ct.c_float],
+    ),
+}
+
+
+def library_folder() -> Path | None:
+    """Folder of the ggml libraries to test, or None when there is no build."""
+    if named := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(named)
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "lib"
+
+
+@functools.cache
+def load() -> dict[str, Any]:
+    """The C functions by name, with their signatures set.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no build, or it lacks a library.
+    AttributeError
+        The build lacks a function: it is not the patched one.
+    """
+    folder = library_folder()
+    if folder is None:
+        raise FileNotFoundError("llama_cpp is not installed and LLAMA_CPP_LIB_PATH is not set")
+    prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(
+        sys.platform, ("lib", ".so")
+    )
+    libraries = {
+        name: ct.CDLL(str(_existing(folder / f"{prefix}{name}{suffix}")))
+        for name in ("ggml-base", "ggml-cpu")  # in the order in which they need each other
+    }
+    functions: dict[str, Any] = {}
+    for name, (library, result, arguments) in _FUNCTIONS.items():
+        function = getattr(libraries[library], name)
+        function.restype, function.argtypes = result, arguments
+        functions[name] = function
+    return functions
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: build the native libraries first")
+    return path
+
+
+def quantize(x: F32, kind: str) -> U8:
+    """Bytes of ``x`` [..., d] in a cache type, [..., bytes of a row]."""
+    c, value = load(), GGMLType[kind].value
+    x = np.ascontiguousarray(x, np.float32)
+    n_rows, d = x.size // x.shape[-1], x.shape[-1]
+    out = np.empty((*x.shape[:-1], c["ggml_row_size"](value, d)), np.uint8)
+    if kind == "F32":  # ggml_quantize_chunk takes it too, but there is nothing to do
+        return x.view(np.uint8).reshape(out.shape)
+    c["ggml_quantize_chunk"](value, x.ctypes.data, out.ctypes.data, 0, n_rows, d, None)
+    return out
+
+
+def dequantize(rows: U8, kind: str) -> F64:
+    """Values of ``rows`` [..., bytes of a row] as [..., d], by gguf's numpy code, not ggml's."""
+    return quants.dequantize(rows, GGMLType[kind]).astype(np.float64)
+
+
+def leverage_score(
+    cache: U8,
+    kind: str,
+    d: int,
+    *,
+    weights: F32 | None = None,
+    scale: float = 1.0,
+    noise: float = 1.0,
+    cells: slice = slice(None),
+    heads: slice = slice(None),
+    n_threads: int = 2,
+) -> F32:
+    """Run ``ggml_leverage_score`` on a view of a cache.
+
+    Parameters
+    ----------
+    cache
+        [n_ctx, n_head_kv, bytes of a row]
+    kind, d
+        Cache type and head size.
+    weights
+        [n_head, n_kv] for the cells of the view, or None for 1.
+    scale, noise
+        Factor of the weights; lambda.
+    cells, heads
+        The view, without steps: the op then sees ``cache[cells, heads]`` with the cache's strides.
+
+    Returns
+    -------
+    [n_head_kv, n_kv]
+    """
+    c, value = load(), GGMLType[kind].value
+    n_ctx, n_head_cache, row = cache.shape
+    first_cell, last_cell, _ = cells.indices(n_ctx)
+    first_head, last_head, _ = heads.indices(n_head_cache)
+    n_kv, n_head_kv = last_cell - first_cell, last_head - first_head
+
+    memory = cache.nbytes + (0 if weights is None else weights.nbytes) + 4 * n_kv * n_head_kv
+    ctx = c["ggml_init"](_InitParams(memory + _HEADROOM, None, False))
+    try:
+        base = c["ggml_new_tensor_2d"](ctx, value, d * n_head_cache, n_ctx)
+        _write(c["ggml_get_data"](base), cache)
+        stride = row * n_head_cache
+        offset = first_cell * stride + first_head * row
+        u = c["ggml_view_3d"](ctx, base, d, n_head_kv, n_kv, row, stride, offset)
+        w = None
+        if weights is not None:
+            w = c["ggml_new_tensor_2d"](ctx, GGMLType.F32.value, n_kv, len(weights))
+            _write(c["ggml_get_data"](w), np.ascontiguousarray(weights, np.float32))
+        out = c["ggml_leverage_score"](ctx, u, w, scale, noise)
+        graph = c["ggml_new_graph"](ctx)
+        c["ggml_build_forward_expand"](graph, out)
+        status = c["ggml_graph_compute_with_ctx"](ctx, graph, n_threads)
+        assert status == 0, f"ggml_graph_compute_with_ctx returned {status}"
+        result = np.empty((n_head_kv, n_kv), np.float32)
+        ct.memmove(result.ctypes.data, c["ggml_get_data"](out), result.nbytes)
+        return result
+    finally:
+        c["ggml_free"](ctx)
+
+
+def _write(target: int, array: NDArray[Any]) -> None:
+    array = np.ascontiguousarray(array)
+    ct.memmove(target, array.ctypes.data, array.nbytes)
