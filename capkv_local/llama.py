@@ -22,6 +22,7 @@ from capkv_local.budget import parse_budget
 from capkv_local.cache import CompactCache, KVCacheStats
 from capkv_local.errors import (
     BudgetError,
+    CapKVError,
     ContextOverflow,
     NativeError,
     StateError,
@@ -133,7 +134,9 @@ class Llama(llama_cpp.Llama):
         if not known:
             n_ctx = n_ctx or self._model.n_ctx_train()
             budget = _parse(kv_budget, n_ctx, kv.info().n_bytes_cell, policy)
-            self._new_context(self._cells(policy, budget, n_ctx, n_batch))
+        n_cells = self._cells(policy, budget, n_ctx, n_batch)
+        if n_cells != kv.info().n_cells_max:
+            self._new_context(n_cells)
             kv = native.KVCache(self._ctx.ctx)
         self._set_n_ctx(kv, n_ctx)
         self._cache = CompactCache(kv, policy, budget)
@@ -144,7 +147,18 @@ class Llama(llama_cpp.Llama):
         """Cells to allocate."""
         if not getattr(policy, "evicts", True):
             return _pad(n_ctx)
-        return min(_pad(n_ctx), _pad(budget + min(n_batch, n_ctx) + self._room))
+        n_cells = _pad(budget + min(n_batch, n_ctx) + self._room)
+        return min(_pad(n_ctx), max(n_cells, self._window_cells()))
+
+    def _window_cells(self) -> int:
+        """Cells that sliding windows need: llama.cpp makes their cache no larger than the other.
+
+        0 before the model is loaded and for models without them.
+        """
+        if getattr(self, "_model", None) is None:
+            return 0
+        n_window = llama_cpp.llama_model_n_swa(self._model.model)
+        return _pad(n_window + self.context_params.n_ubatch) if n_window > 0 else 0
 
     def _set_n_ctx(self, kv: native.KVCache, n_ctx: int) -> None:
         n_ctx = max(n_ctx, kv.info().n_cells_max)
@@ -258,14 +272,19 @@ class Llama(llama_cpp.Llama):
             cache.forget()
 
     def _chunk_size(self, cache: CompactCache, n_question: int) -> int:
-        info = cache.kv.info()
-        beside = info.n_cells_max - (cache.budget if cache.evicts else 0)
-        if beside - n_question < 1:
+        """Tokens to decode between evictions that leave cells for the question."""
+        free = cache.kv.info().n_cells_max - (cache.budget if cache.evicts else 0)
+        longest = free - 1
+        if self._window_cells():
+            # In one piece, a question takes only cells that no window needs any more.
+            longest = min(longest, self.context_params.n_ubatch)
+        if n_question > longest:
             raise BudgetError(
-                f"a question of {n_question} tokens does not fit into the {beside} cells beside "
-                f"the budget of {cache.budget}: use a larger kv_room or a shorter question"
+                f"a question of {n_question} tokens does not fit into the {longest} cells that it "
+                "can have: use a larger kv_room (with sliding windows: n_ubatch) or a shorter "
+                "question"
             )
-        return min(self.n_batch, beside - n_question)
+        return min(self.n_batch, free - n_question)
 
     def _make_room(self, cache: CompactCache, n_new: int, question: list[int]) -> None:
         info = cache.kv.info()
@@ -292,7 +311,7 @@ class Llama(llama_cpp.Llama):
                 n_queries=min(len(question), cache.policy.n_window),
             )
         finally:
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+            self._rewind(cache, 0)
         cache.apply(keep, carry)
 
     def _observe_question(self, cache: CompactCache, question: list[int]) -> None:
@@ -351,14 +370,19 @@ class Llama(llama_cpp.Llama):
                 n_tokens=self.n_tokens, n_ctx=self._n_ctx, t_decode_s=self._t_decode_s
             )
         n_cells = llama_cpp.llama_n_ctx(self._ctx.ctx)
+        try:
+            info = native.KVCache(self._ctx.ctx).info()
+            n_bytes = info.n_bytes_kv + info.n_bytes_other
+        except CapKVError:  # a stock library, or a cache that only stock can have
+            n_bytes = 0
         return KVCacheStats(
             policy=None,
             budget=n_cells,
             n_tokens=self.n_tokens,
             n_cells=self.n_tokens,
             n_cells_max=n_cells,
-            kv_bytes=0,
-            kv_bytes_full=0,
+            kv_bytes=n_bytes,
+            kv_bytes_full=n_bytes,
             observe_bytes=0,
             evictions=0,
             cells_evicted=0,

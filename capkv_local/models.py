@@ -85,7 +85,10 @@ def load_errors(path: str | Path) -> Iterator[None]:
             reason = next((line for line in lines if "error" in line.lower()), None)
             reason = reason or (lines[0] if lines else str(error))
             if "context" in str(error):
-                raise UnsupportedModel(f"{path}: no context could be made: {reason}") from error
+                raise UnsupportedModel(
+                    f"{path}: no context can be made: {reason}; use other cache types, a smaller "
+                    "kv_budget or kv_policy=None"
+                ) from error
             raise ModelFileError(
                 f"{path} cannot be loaded (truncated, damaged or of an unknown architecture): "
                 f"{reason}"

@@ -190,7 +190,7 @@ def _check(status: int, what: str) -> None:
         return
     reason = _status_text(status)
     if status == _ERR_FLASH_ATTN:
-        raise UnsupportedModel(f"cannot {what}: {reason}; use flash_attn=True or kv_policy=None")
+        reason += " (flash_attn=True where the model has it)"
     if status in _UNSUPPORTED:
         raise UnsupportedModel(f"cannot {what} because {reason}; use kv_policy=None")
     raise NativeError(f"cannot {what}: {reason} (status {status})")

@@ -63,7 +63,7 @@ class CapKV(BasePolicy):
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
     n_window: int = 32
-    pool: int = 15
+    pool: int = 31
     u: Literal["value", "key"] = "value"
     noise: float = 1.0 / 64
 

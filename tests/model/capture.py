@@ -1,0 +1,168 @@
+"""A real model with its queries laid open, to check the native statistics from raw arrays.
+
+Keys and values come from the state that llama.cpp's public API gives; queries are in no public
+place, so the scheduler's eval callback copies them while a decode computes them.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import struct
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
+
+from capkv_local.native import KVCache, cache_type
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+N_UBATCH = 80
+"""Longer chunks are split: one part larger than a window of 64, one smaller."""
+
+_STATE_EXT = 1 << 31  # in the first word of a state that is compacted or observed
+
+
+class _Tensor(ct.Structure):
+    """The beginning of ``ggml_tensor``."""
+
+    _fields_ = (
+        ("type", ct.c_int),
+        ("buffer", ct.c_void_p),
+        ("ne", ct.c_int64 * 4),
+        ("nb", ct.c_size_t * 4),
+        ("op", ct.c_int),
+    )
+
+
+class Session:
+    """A context with observed queries, its cells, and every query that was computed in it.
+
+    Parameters
+    ----------
+    kind
+        Type of the K and V cache, a name of :data:`capkv_local.native.CACHE_TYPES`.
+    n_window, n_skip
+        As :meth:`KVCache.observe`; the mean query is always observed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        *,
+        n_window: int = 64,
+        n_skip: int = 4,
+        n_ubatch: int = N_UBATCH,
+    ) -> None:
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+        self.kind = kind
+        self.n_past = 0
+        self._lib = llama_cpp.llama_cpp._lib  # exports what the ggml libraries below it export
+        self._lib.ggml_get_name.argtypes = self._lib.ggml_op_name.argtypes = None
+        self._lib.ggml_get_name.restype = self._lib.ggml_op_name.restype = ct.c_char_p
+        self._rows: dict[tuple[str, int], list[F32]] = {}
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = 512, 512, n_ubatch
+        params.n_threads = params.n_threads_batch = 2
+        params.type_k = params.type_v = cache_type(kind)
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
+        params.cb_eval = self._callback
+        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
+        self.kv = KVCache(self.ctx)
+        self.kv.observe(n_window, mean_query=True, n_skip=n_skip)
+        self.info = self.kv.info()
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.ctx)
+        llama_cpp.llama_model_free(self.model)
+
+    def decode(self, tokens: list[int]) -> None:
+        """Append ``tokens`` in one decode."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, self.n_past + i
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, False
+        assert llama_cpp.llama_decode(self.ctx, batch) == 0
+        llama_cpp.llama_batch_free(batch)
+        self.n_past += len(tokens)
+
+    def inv_freq(self) -> F64:
+        """Radians per position, [d / 2]."""
+        value = ct.create_string_buffer(64)
+        llama_cpp.llama_model_meta_val_str(self.model, b"llama.rope.freq_base", value, 64)
+        d = self.info.n_embd_head_k
+        return np.asarray(float(value.value) ** -(np.arange(0, d, 2) / d), np.float64)
+
+    def queries(self, *, rope: bool) -> F32:
+        """All queries so far, before or after RoPE, [n_layer, n_head, n_tokens, d]."""
+        op = "ROPE" if rope else "MUL_MAT"
+        layers = [np.concatenate(self._rows[op, il]) for il in range(self.info.n_layer)]
+        out = np.stack(layers).reshape(len(layers), self.n_past, self.info.n_head, -1)
+        return out.swapaxes(1, 2)
+
+    def cells(self) -> tuple[F32, F32]:
+        """K and V as the cache stores them, dequantised, [n_layer, n_head_kv, n_cells, d] each.
+
+        Quantised types are stored rotated by :func:`hadamard`.
+        """
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+        data = (ct.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data(self.ctx, data, size, 0) == size
+        n_stream, n_cells = struct.unpack_from("<II", data, 8)
+        assert n_stream & ~_STATE_EXT == 1
+        offset = 16 + 12 * n_cells + 8  # (position, 1, sequence) of every cell, layout, n_layer
+        parts: list[F32] = []
+        for _ in range(2):
+            layers = []
+            for _ in range(self.info.n_layer):
+                (row_size,) = struct.unpack_from("<Q", data, offset + 4)
+                offset += 12
+                rows = np.frombuffer(data, np.uint8, n_cells * row_size, offset)
+                layers.append(self._dequantize(rows.reshape(n_cells, row_size)))
+                offset += n_cells * row_size
+            part = np.stack(layers).reshape(len(layers), n_cells, self.info.n_head_kv, -1)
+            parts.append(part.swapaxes(1, 2))
+        return parts[0], parts[1]
+
+    def _dequantize(self, rows: NDArray[np.uint8]) -> F32:
+        return quants.dequantize(rows, GGMLQuantizationType[self.kind.upper()])
+
+    def _on_tensor(self, address: int, ask: bool, user_data: Any) -> bool:
+        """Copy queries as soon as they are computed; ``ask``: is this tensor wanted?"""
+        name: bytes = self._lib.ggml_get_name(ct.c_void_p(address))
+        if not name.startswith(b"Qcur-"):
+            return not ask
+        tensor = _Tensor.from_address(address)
+        # The product with the weights, then a reshape of it, then RoPE: all of one name.
+        op = self._lib.ggml_op_name(tensor.op).decode()
+        if op not in ("MUL_MAT", "ROPE"):
+            return not ask
+        if not ask:
+            out = np.empty(int(np.prod(tensor.ne[:])), np.float32)
+            assert tensor.nb[0] == 4 and tensor.nb[2] == 4 * tensor.ne[0] * tensor.ne[1]
+            self._lib.ggml_backend_tensor_get(
+                ct.c_void_p(address),
+                ct.c_void_p(out.ctypes.data),
+                ct.c_size_t(0),
+                ct.c_size_t(out.nbytes),
+            )
+            n_embd = self.info.n_head * self.info.n_embd_head_k
+            self._rows.setdefault((op, int(name[5:])), []).append(out.reshape(-1, n_embd))
+        return True
+
+
+def hadamard(d: int) -> F64:
+    """The symmetric orthonormal matrix that quantised keys and values are rotated by."""
+    out = np.ones((1, 1))
+    while len(out) < d:
+        out = np.block([[out, out], [out, -out]])
+    return np.asarray(out / np.sqrt(d), np.float64)
