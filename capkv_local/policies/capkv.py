@@ -20,7 +20,8 @@ class CapKV(BasePolicy):
     Source: the capacity score of CapKV (arXiv 2604.25975) with another relevance. Per KV head,
     over the contested cells (all but sinks and recent window)::
 
-        w_i = max(pool_j(E[a_j²]), carried_i)          a: attention of the last n_window queries
+        r_i = max(pool_j(E[a_j²]), carried_i)          a: attention of the last n_window queries
+        w_i = r_i + consensus * R * mean over all heads h of (r_h,i / R_h),    R_h = sum_j r_h,j
         L   = noise sum_j w_j ||u_j||²
         s_i = w_i u_i' (L I + sum_j w_j u_j u_j')^-1 u_i
 
@@ -28,6 +29,10 @@ class CapKV(BasePolicy):
     ``sum_i E[a_i²] v_i v_i'``, so the second moment is the weight that the linear-Gaussian model
     itself asks for, averaged over queries and the query heads of the KV head. A large `noise`
     ranks by relevance alone, ``w_i ||u_i||²``; a small one by diversity.
+
+    A head cannot see beforehand which cells it will need: those that copy a number look at its
+    digits only while it is being copied. So every head also gets a share of what the heads
+    together find relevant, token by token.
 
     Parameters
     ----------
@@ -39,6 +44,10 @@ class CapKV(BasePolicy):
     pool
         Odd kernel of the average over neighbouring contested cells; 1 switches it off. 15 keeps
         whole numbers whose first digits were looked at; 7 loses last digits.
+    consensus
+        Weight of the other heads' relevance; 0 lets each head judge alone. At 1, 1,024 cells of
+        7,276 tokens held a planted fact in all heads (38% at 0) and answered 3 of 3 questions
+        known before reading (2 of 3 at 0).
     u
         Capacity vectors, ``"value"`` (the direction in which a cell moves the output) or
         ``"key"``; measured, they hardly differ.
@@ -50,8 +59,9 @@ class CapKV(BasePolicy):
 
     Notes
     -----
-    Departures from the paper: observed attention instead of one mean query, second moments, one
-    capacity matrix per KV head instead of per query head, a ridge relative to the head.
+    Departures from the paper: observed attention instead of one mean query, second moments, the
+    consensus of the heads, one capacity matrix per KV head instead of per query head, a ridge
+    relative to the head.
 
     Streaming: a survivor's relevance is the largest it ever had, since a passage that some past
     window needed is not worthless because the present one looks elsewhere. Cells inside the
@@ -63,13 +73,15 @@ class CapKV(BasePolicy):
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
     n_window: int = 32
-    pool: int = 31
+    pool: int = 15
+    consensus: float = 1.0
     u: Literal["value", "key"] = "value"
     noise: float = 1.0 / 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("pool", self.pool >= 1 and self.pool % 2 == 1, "odd and 1 or more")
+        self._require("consensus", 0 <= self.consensus < np.inf, "finite and 0 or more")
         self._require("u", self.u in ("value", "key"), "'value' or 'key'")
         self._require("noise", 0 < self.noise < np.inf, "finite and above 0")
 
@@ -79,6 +91,7 @@ class CapKV(BasePolicy):
         kept[self.n_sinks : max(self.n_sinks, stats.n_cells - self.n_recent)] = False
         relevance = self._relevance(stats, kept)  # [n_layer, n_head_kv, n_cells]
         stats.carry(np.where(in_window(stats), np.float32(0), relevance))
+        relevance = relevance + self.consensus * _consensus(stats.positions, relevance)
         norm = stats.value_norm() if self.u == "value" else stats.key_norm()
         energy = (relevance * norm.astype(np.float64) ** 2).sum(axis=-1, keepdims=True)
         ridge = np.maximum(self.noise * energy, np.finfo(np.float32).tiny)
@@ -97,3 +110,24 @@ class CapKV(BasePolicy):
         if stats.carried is not None:
             relevance = np.maximum(relevance, stats.carried)
         return np.asarray(relevance * contested, np.float32)
+
+
+def _consensus(positions: NDArray[np.int32], relevance: F32) -> F32:
+    """What the heads together think of the token in each cell, on each head's own scale.
+
+    Parameters
+    ----------
+    positions, relevance
+        [n_layer, n_head_kv, n_cells]
+
+    Returns
+    -------
+    float32 [n_layer, n_head_kv, n_cells]
+        Mean over all heads of the share that the token has of a head's relevance, times the
+        relevance of the head; a head that gave the token up counts as 0.
+    """
+    total = relevance.sum(axis=-1, keepdims=True, dtype=np.float64)
+    share = relevance / np.maximum(total, np.finfo(np.float64).tiny)
+    by_token = np.bincount(positions.ravel(), weights=share.ravel())
+    n_heads = positions.shape[0] * positions.shape[1]
+    return np.asarray(by_token[positions] / n_heads * total, np.float32)

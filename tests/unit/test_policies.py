@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capkv_local.errors import PolicyError
-from capkv_local.policies import base, get_policy, policy_names
+from capkv_local.policies import base, capkv, get_policy, policy_names
 from capkv_local.select import keep_lists
 from tests.golden.array_stats import (
     ArrayStats,
@@ -113,12 +113,15 @@ def test_golden_files_are_what_kvpress_says_today(remade: Any) -> None:
 
 
 def test_capkv_is_its_equation(prompt: ArrayStats) -> None:
-    policy = get_policy("capkv", pool=3, noise=0.1, n_recent=8)
+    policy = get_policy("capkv", pool=3, noise=0.1, consensus=0.5, n_recent=8)
     stats = prompt.observed_by(policy)
     got = policy.score(stats)[:, :, 4:-8]
     a2 = stats.window_attention(reduce="second_moment")[:, :, 4:-8].astype(np.float64)
     n = a2.shape[-1]
     w = np.stack([a2[..., max(0, i - 1) : i + 2].mean(axis=-1) for i in range(n)], axis=-1)
+    # Before the first eviction, cell i holds the same token in every head.
+    total = w.sum(axis=-1, keepdims=True)
+    w = w + 0.5 * total * (w / total).mean(axis=(0, 1))
     v = prompt.v[:, :, 4:-8].astype(np.float64)
     ridge = 0.1 * (w[..., None] * v**2).sum(axis=(-1, -2))
     a = ridge[..., None, None] * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", w, v, v)
@@ -137,15 +140,24 @@ def test_capkv_never_forgets_a_survivor(prompt: ArrayStats) -> None:
     policy.score(second)
     assert second.handed is not None
     contested = (np.arange(128) >= 4) & (np.arange(128) < 128 - 32)
-    judged = contested & (second.positions < second.n_tokens - 64)
+    judged = contested & (second.positions < second.n_tokens - policy.n_window)
     assert (second.handed >= old)[judged].all()
     assert (second.handed > old)[judged].any()
     assert (second.handed[~judged] == 0).all()  # the window's own fame is not carried
 
 
+def test_capkv_consensus_goes_by_token_not_by_cell() -> None:
+    """What one head finds relevant, another keeps where that token lies in its own cells."""
+    positions = np.array([[[0, 1, 5, 7], [0, 2, 5, 9]]], np.int32)
+    relevance = np.array([[[0, 0, 4, 0], [0, 1, 0, 1]]], np.float32)
+    got = capkv._consensus(positions, relevance)
+    # Token 5: all of head 0's relevance, none of head 1's: half of each head's own total.
+    np.testing.assert_allclose(got, [[[0, 0, 2, 0], [0, 0.5, 1, 0.5]]], rtol=1e-6)
+
+
 def test_capkv_noise_is_the_dial_between_diversity_and_relevance(prompt: ArrayStats) -> None:
     def share_of_relevance(noise: float) -> float:
-        policy = get_policy("capkv", noise=noise)
+        policy = get_policy("capkv", noise=noise, consensus=0.0)
         stats = prompt.observed_by(policy)
         by_leverage = policy.score(stats)[:, :, 4:-32].argsort(axis=-1)
         by_relevance = (stats.value_norm() ** 2 * policy._relevance(stats, kept(stats)))[..., 4:-32]  # type: ignore[attr-defined]

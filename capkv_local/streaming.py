@@ -1,0 +1,230 @@
+"""Decoding through a small cache: chunks in, and an eviction whenever the cells run out.
+
+The part of :class:`~capkv_local.Llama` between llama-cpp-python's ``eval`` and the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+
+from capkv_local.cache import CompactCache
+from capkv_local.errors import (
+    BudgetError,
+    ContextOverflow,
+    NativeError,
+    StateError,
+    UnsupportedModel,
+)
+from capkv_local.interrupt import deferred_interrupt
+
+Observe = Literal["tail", "question"]
+Progress = Callable[[int, int], None]
+
+# llama.cpp pads the number of cells it attends over, and its contexts, to this.
+_PAD = 256
+
+
+def pad(n: int) -> int:
+    """Cells that llama.cpp allocates for ``n``."""
+    return -(-n // _PAD) * _PAD
+
+
+class StreamingLlama(llama_cpp.Llama):
+    """:class:`llama_cpp.Llama` whose tokens stream through ``self._cache``, if there is one."""
+
+    _cache: CompactCache | None
+    _room: int
+    _t_decode_s: float
+    _stack: contextlib.ExitStack
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens behind those that were evaluated before; evicts when cells run out.
+
+        Raises
+        ------
+        ContextOverflow
+            More tokens than ``n_ctx``.
+        """
+        if self._cache is None:
+            super().eval(tokens)
+        else:
+            self.prefill(tokens)
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        *,
+        observe: Observe = "tail",
+        question: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """As :meth:`eval`, with a say in what the policy looks at.
+
+        Parameters
+        ----------
+        tokens
+            Tokens to append.
+        observe
+            ``"tail"``: the last queries of the text itself. ``"question"``: before every
+            eviction the tokens of ``question`` are decoded in scratch cells behind the text and
+            their queries decide; the question does not become part of the sequence.
+        question
+            Tokens of the question, needed with ``observe="question"``.
+        progress
+            Called after each chunk with (tokens done, tokens in all).
+
+        Raises
+        ------
+        ContextOverflow
+            More tokens than ``n_ctx``; nothing is evaluated.
+        BudgetError
+            The cells beside the budget do not hold the question.
+        KeyboardInterrupt
+            Ctrl-C takes effect between chunks; the tokens so far stay.
+        """
+        cache = self._require_cache()
+        question = list(question or []) if observe == "question" else []
+        if observe == "question" and not question:
+            raise ValueError('observe="question" needs the tokens of a question')
+        self._rewind(cache, len(tokens))
+
+        n_chunk = self._chunk_size(cache, len(question))
+        done = 0
+        while done < len(tokens):
+            chunk = list(tokens[done : done + n_chunk])
+            with deferred_interrupt():
+                self._make_room(cache, len(chunk), question)
+                self._decode_chunk(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, len(tokens))
+        # One token at a time is generation: it fills the room first.
+        if len(tokens) > 1:
+            with deferred_interrupt():
+                self._settle(cache, question)
+
+    def _require_cache(self) -> CompactCache:
+        if self._cache is None:
+            raise UnsupportedModel("this Llama has the stock cache: give it a kv_policy")
+        return self._cache
+
+    def _rewind(self, cache: CompactCache, n_new: int) -> None:
+        """Drop cells behind ``n_tokens`` and see that ``n_new`` tokens fit the context."""
+        if self.n_tokens + n_new > self._n_ctx:
+            raise ContextOverflow(
+                f"{self.n_tokens + n_new} tokens exceed the context of {self._n_ctx}: "
+                "use a larger n_ctx or a shorter text"
+            )
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            raise StateError(
+                f"cannot go back to token {self.n_tokens}: cells around it were evicted; "
+                "call reset() and evaluate the prompt again"
+            )
+        if self.n_tokens == 0:
+            cache.forget()
+
+    def _chunk_size(self, cache: CompactCache, n_question: int) -> int:
+        """Tokens to decode between evictions that leave cells for the question."""
+        free = cache.kv.info().n_cells_max - (cache.budget if cache.evicts else 0)
+        longest = free - 1
+        if self._window_cells():
+            # In one piece, a question takes only cells that no window needs any more.
+            longest = min(longest, self.context_params.n_ubatch)
+        if n_question > longest:
+            raise BudgetError(
+                f"a question of {n_question} tokens does not fit into the {longest} cells that it "
+                "can have: use a larger kv_room (with sliding windows: n_ubatch) or a shorter "
+                "question"
+            )
+        return min(self.n_batch, free - n_question)
+
+    def _make_room(self, cache: CompactCache, n_new: int, question: list[int]) -> None:
+        info = cache.kv.info()
+        if info.n_cells + n_new + len(question) > info.n_cells_max:
+            self._evict(cache, question)
+
+    def _settle(self, cache: CompactCache, question: list[int]) -> None:
+        """After a prompt: back to the budget, unless only a little is over."""
+        n_over = cache.kv.info().n_cells - cache.budget
+        if cache.evicts and n_over > self._room // 2:
+            self._evict(cache, question)
+
+    def _evict(self, cache: CompactCache, question: list[int]) -> None:
+        n_cells = cache.kv.info().n_cells
+        if not question:
+            cache.evict(n_tokens=self.n_tokens, n_cells=n_cells)
+            return
+        self._observe_question(cache, question)
+        try:
+            # The question counts as seen: the observation window lies behind the text.
+            keep, carry = cache.choose(
+                n_tokens=self.n_tokens + len(question),
+                n_cells=n_cells,
+                n_queries=min(len(question), cache.policy.n_window),
+            )
+        finally:
+            self._rewind(cache, 0)
+        cache.apply(keep, carry)
+
+    def _observe_question(self, cache: CompactCache, question: list[int]) -> None:
+        """Decode the question in scratch cells behind the text, for its queries only."""
+        cache.pause_mean(True)
+        try:
+            for i in range(0, len(question), self.n_batch):
+                self._batch.set_batch(
+                    batch=question[i : i + self.n_batch],
+                    n_past=self.n_tokens + i,
+                    logits_all=False,
+                )
+                # No logits are wanted, and the output matrix is a good part of a small model.
+                self._batch.batch.logits[self._batch.n_tokens() - 1] = False
+                self._decode_batch()
+        finally:
+            cache.pause_mean(False)
+
+    def _decode_chunk(self, chunk: list[int]) -> None:
+        n_past, n = self.n_tokens, len(chunk)
+        self._batch.set_batch(batch=chunk, n_past=n_past, logits_all=self._logits_all)
+        self._decode_batch()
+        self.input_ids[n_past : n_past + n] = chunk
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+            self.scores[n_past : n_past + n, :].reshape(-1)[:] = logits
+        self.n_tokens += n
+        self._requires_eval = False
+
+    def _decode_batch(self) -> None:
+        t0 = time.perf_counter()
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            raise NativeError(
+                f"decoding {self._batch.n_tokens()} tokens at position {self.n_tokens} failed: "
+                f"{error}"
+            ) from error
+        finally:
+            self._t_decode_s += time.perf_counter() - t0
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            yield from super()._create_completion(*args, **kwargs)
+        except ValueError as error:
+            if "exceed context window" in str(error):
+                raise ContextOverflow(f"{error}: use a larger n_ctx or a shorter prompt") from error
+            raise
+
+    def _window_cells(self) -> int:
+        """Cells that sliding windows need: llama.cpp makes their cache no larger than the other.
+
+        0 before the model is loaded and for models without them.
+        """
+        if getattr(self, "_model", None) is None:
+            return 0
+        n_window = llama_cpp.llama_model_n_swa(self._model.model)
+        return pad(n_window + self.context_params.n_ubatch) if n_window > 0 else 0
