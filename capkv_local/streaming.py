@@ -152,8 +152,15 @@ class StreamingLlama(llama_cpp.Llama):
     def _settle(self, cache: CompactCache, question: list[int]) -> None:
         """After a prompt: back to the budget, unless only a little is over."""
         n_over = cache.kv.info().n_cells - cache.budget
-        if cache.evicts and n_over > self._room // 2:
-            self._evict(cache, question)
+        if not cache.evicts or n_over <= self._room // 2:
+            return
+        self._evict(cache, question)
+        # The last token is decoded again, so that its logits are those of the cells that
+        # generation goes on with: the same prompt again then gives the same answer.
+        self.n_tokens -= 1
+        last = int(self.input_ids[self.n_tokens])
+        self._rewind(cache, 1)
+        self._decode_chunk([last])
 
     def _evict(self, cache: CompactCache, question: list[int]) -> None:
         n_cells = cache.kv.info().n_cells
