@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import capkv_local
-from capkv_local import BudgetError, ContextOverflow, Llama, ModelFileError, StateError
+from capkv_local import BudgetError, ContextOverflow, Llama, ModelFileError, StateError, native
 from capkv_local.policies import policy_names
 from tests.model.conftest import Models
 
@@ -316,3 +317,18 @@ def test_flash_attention_off_is_refused(model_path: Path) -> None:
         Llama(model_path, flash_attn=False, verbose=False)
     with pytest.raises(capkv_local.UnsupportedModel, match="embedding"):
         Llama(model_path, embedding=True, verbose=False)
+
+
+def test_a_stock_library_is_named_and_the_way_out(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library without the added functions: here, that of the Python interpreter itself."""
+    monkeypatch.setattr(llama_cpp.llama_cpp, "_lib", ctypes.CDLL(None))
+    native._functions.cache_clear()
+    try:
+        with pytest.raises(capkv_local.NativeBuildMissing, match=r"kv_policy=None"):
+            Llama(model_path, verbose=False)
+    finally:
+        monkeypatch.undo()
+        native._functions.cache_clear()
+    native.require()
