@@ -458,8 +458,8 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
     All of the state is fair game: llama.cpp's own part throws, it does not abort.
     """
     n = len(data)
-    # is_compact, is_observed, version, n_layer, n_head_kv, n_compact
-    extension = data.rindex(struct.pack("<6I", 1, 1, 1, 2, 2, 64))
+    # is_compact, is_observed, version, n_layer, n_head_kv
+    extension = data.rindex(struct.pack("<5I", 1, 1, 1, 2, 2))
     regions = [(0, 300), (extension, extension + 1100), (n - 2000, n), (0, n)]
     kind = int(rng.integers(len(regions) + 1))
     if kind == len(regions):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,15 @@ def test_a_prompt_beyond_the_context(models: Models, tokens: list[int]) -> None:
     assert llama.n_tokens == 600
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a test run in the background starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_prefill_keeps_the_chunks_so_far(models: Models, tokens: list[int]) -> None:
     llama = models(kv_policy="capkv", **SMALL)
 
@@ -232,6 +242,7 @@ def test_ctrl_c_in_prefill_keeps_the_chunks_so_far(models: Models, tokens: list[
     assert np.isfinite(whole).all()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_generation_keeps_the_session(models: Models, tokens: list[int]) -> None:
     llama = models(kv_policy="capkv", **SMALL)
     got = []
