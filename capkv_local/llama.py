@@ -303,7 +303,8 @@ class Llama(StreamingLlama):
             )
         with deferred_interrupt():
             before = native.get_state(self._ctx.ctx)
-            if not native.set_state(self._ctx.ctx, state.llama_state):
+            fits = native.set_state(self._ctx.ctx, state.llama_state)
+            if not (fits and _in_order(cache.kv, state.n_tokens)):
                 native.set_state(self._ctx.ctx, before)
                 raise StateError(
                     "the state does not fit: it is of another model, cache type or n_window, "
@@ -317,6 +318,18 @@ class Llama(StreamingLlama):
             self._requires_eval = True
             carried = getattr(state, "carried", None)
             cache.carried = None if carried is None else carried.copy()
+
+
+def _in_order(kv: native.KVCache, n_tokens: int) -> bool:
+    """Whether the cells of every head hold tokens of a sequence of ``n_tokens``, in order."""
+    try:
+        positions = kv.positions()
+    except NativeError:
+        return False
+    if positions.shape[-1] == 0:
+        return n_tokens == 0
+    ascending = bool((np.diff(positions, axis=-1) > 0).all())
+    return ascending and positions.min() >= 0 and bool((positions[..., -1] == n_tokens - 1).all())
 
 
 def _parse(value: Budget | None, n_ctx: int, bytes_per_cell: int, policy: Policy) -> int:
