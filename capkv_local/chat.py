@@ -108,7 +108,6 @@ class DocumentChat:
         self._template = ChatTemplate.of(self.llama)
         # Where the conversation stands: before it, in a user message, or behind an answer.
         self._place: Literal["start", "user", "answer"] = "start"
-        self._has_document = False
         self._pending: list[int] = []  # sampled, but not decoded yet
 
     # -- reading -------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ class DocumentChat:
             complete = False
         read = llama.n_tokens - done_before
         if read:
-            self._place, self._has_document, self._pending = "user", True, []
+            self._place, self._pending = "user", []
         stats = llama.kv_stats()
         seconds = time.perf_counter() - started
         return IngestReport(read, seconds, complete, stats.n_cells, stats.kv_bytes)
@@ -269,7 +268,6 @@ class DocumentChat:
             "types": self._types,
             "seed": state.seed,
             "place": self._place,
-            "has_document": self._has_document,
             "pending": self._pending,
         }
         arrays: dict[str, np.ndarray[Any, Any]] = {
@@ -322,8 +320,7 @@ class DocumentChat:
         )
         state.policy, state.carried = header["kv_policy"], arrays.get("carried")
         chat.llama.load_state(state)
-        chat._place, chat._has_document = header["place"], header["has_document"]
-        chat._pending = list(header["pending"])
+        chat._place, chat._pending = header["place"], list(header["pending"])
         if policy is not None and policy != header["kv_policy"]:
             chat.set_policy(policy)
         if budget is not None:
