@@ -19,6 +19,11 @@ from capkv_local.select import keep_lists
 _ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
 
 
+def evicts(policy: Policy) -> bool:
+    """Whether a policy ever gives cells up; a policy that does not say so does."""
+    return bool(getattr(policy, "evicts", True))
+
+
 @dataclass(frozen=True)
 class KVCacheStats:
     """What the KV cache of a :class:`~capkv_local.Llama` holds and what it cost.
@@ -37,13 +42,13 @@ class KVCacheStats:
     n_cells_max: int
     kv_bytes: int
     kv_bytes_full: int
-    observe_bytes: int
-    evictions: int
-    cells_evicted: int
-    t_score_s: float
-    t_select_s: float
-    t_evict_s: float
-    t_decode_s: float
+    observe_bytes: int = 0
+    evictions: int = 0
+    cells_evicted: int = 0
+    t_score_s: float = 0.0
+    t_select_s: float = 0.0
+    t_evict_s: float = 0.0
+    t_decode_s: float = 0.0
 
 
 @dataclass
@@ -142,13 +147,8 @@ class CompactCache:
         self.observe()
 
     @property
-    def minimum(self) -> int:
-        """Fewest cells a budget may have: sinks, recent window and one that is chosen."""
-        return self.policy.n_sinks + self.policy.n_recent + 1
-
-    @property
     def evicts(self) -> bool:
-        return bool(getattr(self.policy, "evicts", True))
+        return evicts(self.policy)
 
     def observe(self) -> None:
         """Have the queries observed that the policy needs; what was observed is forgotten."""
@@ -168,7 +168,7 @@ class CompactCache:
         """The sequence starts anew."""
         self.carried = None
 
-    def evict(self, *, n_tokens: int, n_cells: int, n_queries: int = 0) -> None:
+    def evict(self, *, n_tokens: int, n_cells: int) -> None:
         """Keep ``budget`` of the first ``n_cells`` cells in every head.
 
         Parameters
@@ -177,8 +177,6 @@ class CompactCache:
             Logical tokens of the sequence in these cells.
         n_cells
             Cells that take part; all used cells when the keep lists are applied.
-        n_queries
-            How many of the last queries observe, 0 for the policy's window.
 
         Raises
         ------
@@ -187,11 +185,14 @@ class CompactCache:
         PolicyError
             The policy returned unusable scores; the cache is as it was.
         """
-        keep, carry = self.choose(n_tokens=n_tokens, n_cells=n_cells, n_queries=n_queries)
+        keep, carry = self.choose(n_tokens=n_tokens, n_cells=n_cells)
         self.apply(keep, carry)
 
     def choose(self, *, n_tokens: int, n_cells: int, n_queries: int = 0) -> tuple[I32, F32 | None]:
-        """Keep lists ``[n_layer, n_head_kv, budget]`` and the relevance to carry with them."""
+        """Keep lists ``[n_layer, n_head_kv, budget]`` and the relevance to carry with them.
+
+        ``n_queries`` of the last queries observe, 0 for the policy's window.
+        """
         if not self.evicts:
             raise BudgetError(
                 f"policy '{self.policy.name}' never evicts and all {n_cells} cells are used: "

@@ -17,7 +17,7 @@ import numpy as np
 
 from capkv_local import native
 from capkv_local.budget import parse_budget
-from capkv_local.cache import CompactCache, KVCacheStats
+from capkv_local.cache import CompactCache, KVCacheStats, evicts
 from capkv_local.errors import (
     BudgetError,
     CapKVError,
@@ -135,7 +135,7 @@ class Llama(StreamingLlama):
 
     def _cells(self, policy: Policy, budget: int, n_ctx: int, n_batch: int) -> int:
         """Cells to allocate."""
-        if not getattr(policy, "evicts", True):
+        if not evicts(policy):
             return pad(n_ctx)
         n_cells = pad(budget + min(n_batch, n_ctx) + self._room)
         return min(pad(n_ctx), max(n_cells, self._window_cells()))
@@ -185,12 +185,6 @@ class Llama(StreamingLlama):
             n_cells_max=n_cells,
             kv_bytes=n_bytes,
             kv_bytes_full=n_bytes,
-            observe_bytes=0,
-            evictions=0,
-            cells_evicted=0,
-            t_score_s=0.0,
-            t_select_s=0.0,
-            t_evict_s=0.0,
             t_decode_s=self._t_decode_s,
         )
 
@@ -237,10 +231,11 @@ class Llama(StreamingLlama):
         with deferred_interrupt():
             cache.policy = policy
             cache.forget()
+            # Before a resize: the state that moves must not hold what the old policy observed.
+            cache.observe()
             n_cells = self._cells(policy, cache.budget, self._n_ctx, self.n_batch)
             if n_cells > info.n_cells_max:
                 self._resize(cache, n_cells)
-            cache.observe()
 
     def _resize(self, cache: CompactCache, n_cells: int) -> None:
         """Move the sequence to a context of another size."""
@@ -333,7 +328,7 @@ def _in_order(kv: native.KVCache, n_tokens: int) -> bool:
 
 
 def _parse(value: Budget | None, n_ctx: int, bytes_per_cell: int, policy: Policy) -> int:
-    if not getattr(policy, "evicts", True):
+    if not evicts(policy):
         return n_ctx
     return parse_budget(
         min(DEFAULT_BUDGET, n_ctx) if value is None else value,

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capkv_local.cli.common import ModelOptions, ingest, model_options, open_chat, read_sources
+from capkv_local.cli.common import (
+    ModelOptions,
+    ingest,
+    max_tokens_option,
+    model_options,
+    open_chat,
+    read_sources,
+)
 from capkv_local.cli.display import stream_answer
 
 if TYPE_CHECKING:
@@ -22,14 +29,7 @@ if TYPE_CHECKING:
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.argument("question", metavar="QUESTION")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Longest answer.",
-)
+@max_tokens_option
 @model_options
 def ask_command(
     files: tuple[str, ...], question: str, as_json: bool, max_tokens: int, options: ModelOptions

@@ -18,6 +18,7 @@ from capkv_local.cli.common import (
     ModelOptions,
     budget_value,
     ingest,
+    max_tokens_option,
     model_options,
     one_line,
     open_chat,
@@ -32,14 +33,7 @@ if TYPE_CHECKING:
 
 @click.command("chat", short_help="Talk with documents, or go on with a saved session.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Longest answer.",
-)
+@max_tokens_option
 @model_options
 def chat_command(files: tuple[str, ...], max_tokens: int, options: ModelOptions) -> None:
     """Read each FILE, then answer what you ask about them.

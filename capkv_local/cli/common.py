@@ -115,6 +115,14 @@ debug_option = click.option(
     callback=_set_debug,
     help="Show the trace of an error.",
 )
+max_tokens_option = click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Longest answer.",
+)
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option(
         "--model",

@@ -181,6 +181,13 @@ def test_budget_and_policy_can_change(models: Models, model_path: Path, tokens: 
     with pytest.raises(capkv_local.PolicyError, match="snapkv"):
         llama.set_kv_policy("snapkvv")
     assert llama.kv_stats().n_cells == 600
+    # To a policy that needs another size and observes nothing: the sequence moves along.
+    llama.set_kv_policy("capkv")
+    llama.prefill(tokens[2600:2610])
+    positions = llama.kv_positions()
+    llama.set_kv_policy("full")
+    assert llama.n_tokens == 2610 and np.array_equal(llama.kv_positions(), positions)
+    assert len(greedy(llama, llama.input_ids[:2610].tolist(), 4)) == 4
     llama.close()
 
 
