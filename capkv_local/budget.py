@@ -1,4 +1,4 @@
-"""What a user writes as a KV budget, turned into cells per layer and head."""
+"""What a user writes as a KV budget, turned into cells per head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse_budget(
     bytes_per_cell: int,
     minimum: int,
 ) -> int:
-    """Cells per layer and head that `value` asks for.
+    """Cells per head, on average over all heads, that `value` asks for.
 
     Parameters
     ----------

@@ -11,10 +11,15 @@ from typing import Literal
 
 import numpy as np
 
+from capkv_local.allocate import get_allocator
 from capkv_local.errors import BudgetError, PolicyError
-from capkv_local.native import F32, I32, KVCache, Stat
+from capkv_local.native import F32, I32, KVCache, Mask, Stat
 from capkv_local.policies import Policy
-from capkv_local.select import keep_lists
+from capkv_local.select import contested, keep_mask
+
+# Share of a uniform budget that every head keeps whatever its scores say: heads that look idle
+# while a document is read may be the ones that a later question needs.
+FLOOR = 0.2
 
 _ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
 
@@ -28,18 +33,21 @@ def evicts(policy: Policy) -> bool:
 class KVCacheStats:
     """What the KV cache of a :class:`~capkv_local.Llama` holds and what it cost.
 
-    ``budget``, ``n_cells`` and ``n_cells_max`` are cells per layer and head: kept after an
-    eviction, used now, allocated. ``kv_bytes`` is the memory that is allocated for K and V (all
+    ``budget``, ``n_cells`` and ``n_cells_max`` are cells per head, on average over all heads of
+    all layers: kept after an eviction, held now, allocated. ``n_cells_range`` are the fewest and
+    the most that a head holds now. ``kv_bytes`` is the memory that is allocated for K and V (all
     layers), ``kv_bytes_full`` what the same context would take without eviction, and
     ``observe_bytes`` what the observed queries take. Times are wall seconds since the model was
     loaded.
     """
 
     policy: str | None
+    allocation: str | None
     budget: int
     n_tokens: int
     n_cells: int
     n_cells_max: int
+    n_cells_range: tuple[int, int]
     kv_bytes: int
     kv_bytes_full: int
     observe_bytes: int = 0
@@ -134,14 +142,17 @@ class CompactCache:
     policy
         What to keep.
     budget
-        Cells per layer and head that are left after an eviction.
+        Cells per head that are left after an eviction, on average over the heads of all layers.
+    allocation
+        How the heads share them, a name of :data:`capkv_local.allocate.ALLOCATORS`.
     """
 
     kv: KVCache
     policy: Policy
     budget: int
+    allocation: str
     counters: _Counters = field(default_factory=_Counters)
-    carried: F32 | None = None  # [n_layer, n_head_kv, cells kept by the last eviction]
+    carried: F32 | None = None  # [n_layer, n_head_kv, most cells kept by the last eviction]
 
     def __post_init__(self) -> None:
         self.observe()
@@ -169,7 +180,7 @@ class CompactCache:
         self.carried = None
 
     def evict(self, *, n_tokens: int, n_cells: int) -> None:
-        """Keep ``budget`` of the first ``n_cells`` cells in every head.
+        """Keep ``budget`` of the first ``n_cells`` cells per head, on average.
 
         Parameters
         ----------
@@ -188,8 +199,8 @@ class CompactCache:
         keep, carry = self.choose(n_tokens=n_tokens, n_cells=n_cells)
         self.apply(keep, carry)
 
-    def choose(self, *, n_tokens: int, n_cells: int, n_queries: int = 0) -> tuple[I32, F32 | None]:
-        """Keep lists ``[n_layer, n_head_kv, budget]`` and the relevance to carry with them.
+    def choose(self, *, n_tokens: int, n_cells: int, n_queries: int = 0) -> tuple[Mask, F32 | None]:
+        """Cells to keep, ``[n_layer, n_head_kv, n_cells]``, and the relevance to carry with them.
 
         ``n_queries`` of the last queries observe, 0 for the policy's window.
         """
@@ -213,24 +224,30 @@ class CompactCache:
                 f"{(stats.n_layer, stats.n_head_kv, n_cells)}"
             )
         t1 = time.perf_counter()
-        keep = keep_lists(
-            scores, self.budget, n_sinks=self.policy.n_sinks, n_recent=self.policy.n_recent
-        )
+        keep = self._select(scores, stats.positions >= 0)
         t2 = time.perf_counter()
         self.counters.t_score_s += t1 - t0
         self.counters.t_select_s += t2 - t1
         return keep, stats.carry_next
 
-    def apply(self, keep: I32, carry: F32 | None) -> None:
+    def _select(self, scores: F32, held: Mask) -> Mask:
+        ends = {"n_sinks": self.policy.n_sinks, "n_recent": self.policy.n_recent}
+        open_ = contested(held, **ends)
+        n_always = (held & ~open_).sum(axis=-1)  # sinks and recent cells, [n_layer, n_head_kv]
+        total = self.budget * n_always.size - int(n_always.sum())
+        floor = int(FLOOR * total / n_always.size)
+        counts = get_allocator(self.allocation)(scores, open_, total, floor)
+        return keep_mask(scores, held, counts + n_always, **ends)
+
+    def apply(self, keep: Mask, carry: F32 | None) -> None:
         """Evict all cells but ``keep``; ``carry`` moves with them."""
-        n_layer, n_head_kv, n_keep = keep.shape
-        n_used = self.kv.info().n_cells
+        n_rows = self.kv.info().n_rows
         t0 = time.perf_counter()
         self.kv.evict(keep)
-        self.carried = None if carry is None else np.take_along_axis(carry, keep, axis=-1)
+        self.carried = None if carry is None else _move(carry, keep)
         self.counters.t_evict_s += time.perf_counter() - t0
         self.counters.evictions += 1
-        self.counters.cells_evicted += n_layer * n_head_kv * (n_used - n_keep)
+        self.counters.cells_evicted += n_rows - int(keep.sum())
 
     def _carried(self, n_cells: int) -> F32 | None:
         """Carried relevance of the first ``n_cells`` cells, 0 for those that are new."""
@@ -248,12 +265,14 @@ class CompactCache:
         c = self.counters
         return KVCacheStats(
             policy=self.policy.name,
+            allocation=self.allocation,
             budget=self.budget,
             n_tokens=n_tokens,
-            n_cells=info.n_cells,
-            n_cells_max=info.n_cells_max,
+            n_cells=info.n_held,
+            n_cells_max=info.n_rows_max // info.n_heads,
+            n_cells_range=self.kv.held_range(),
             kv_bytes=info.n_bytes_kv + info.n_bytes_other,
-            kv_bytes_full=info.n_bytes_cell * max(n_ctx, info.n_cells_max) + info.n_bytes_other,
+            kv_bytes_full=info.n_bytes_cell * n_ctx + info.n_bytes_other,
             observe_bytes=info.n_bytes_observe,
             evictions=c.evictions,
             cells_evicted=c.cells_evicted,
@@ -262,3 +281,12 @@ class CompactCache:
             t_evict_s=c.t_evict_s,
             t_decode_s=t_decode_s,
         )
+
+
+def _move(values: F32, keep: Mask) -> F32:
+    """Values of the kept cells, where the cells are after the eviction; 0 elsewhere."""
+    counts = keep.sum(axis=-1, keepdims=True)  # [n_layer, n_head_kv, 1]
+    n_cells = int(counts.max())
+    moved = np.zeros((*keep.shape[:2], n_cells), dtype=np.float32)
+    moved[np.arange(n_cells) >= n_cells - counts] = values[keep]
+    return moved

@@ -56,7 +56,7 @@ class DocumentChat:
     ----------
     model
         GGUF file; None for :func:`~capkv_local.models.default_model`.
-    kv_policy, kv_budget, n_ctx
+    kv_policy, kv_budget, kv_allocation, n_ctx
         As :class:`~capkv_local.Llama`; ``n_ctx`` None is the context that the model was trained
         with.
     n_threads
@@ -82,6 +82,7 @@ class DocumentChat:
         model: str | Path | None = None,
         kv_policy: str = "capkv",
         kv_budget: Budget | None = None,
+        kv_allocation: str | None = None,
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
@@ -97,6 +98,7 @@ class DocumentChat:
             n_ctx=n_ctx or 0,
             kv_policy=get_policy(kv_policy),
             kv_budget=kv_budget,
+            kv_allocation=kv_allocation,
             n_threads=threads,
             n_threads_batch=threads,
             n_gpu_layers=n_gpu_layers,
@@ -244,6 +246,10 @@ class DocumentChat:
         """See :meth:`capkv_local.Llama.set_kv_policy`."""
         self.llama.set_kv_policy(name)
 
+    def set_allocation(self, name: str) -> None:
+        """See :meth:`capkv_local.Llama.set_kv_allocation`."""
+        self.llama.set_kv_allocation(name)
+
     def stats(self) -> KVCacheStats:
         """See :meth:`capkv_local.Llama.kv_stats`."""
         return self.llama.kv_stats()
@@ -264,6 +270,7 @@ class DocumentChat:
             "model_fingerprint": fingerprint(llama.model_path),
             "kv_policy": state.policy,
             "kv_budget": llama.kv_stats().budget,
+            "kv_allocation": llama.kv_stats().allocation,
             "n_ctx": llama.n_ctx(),
             "types": self._types,
             "seed": state.seed,
@@ -296,6 +303,7 @@ class DocumentChat:
         type_k, type_v = header["types"]
         given = {"type_k": type_k, "type_v": type_v, "n_ctx": header["n_ctx"], **settings}
         budget, policy = given.pop("kv_budget", None), given.pop("kv_policy", None)
+        allocation = given.pop("kv_allocation", None)
         model = given.pop("model", None) or header["model"]
         if not Path(model).exists():
             raise StateError(
@@ -306,9 +314,8 @@ class DocumentChat:
                 f"{path} was saved with another model than {model}: give the one that was used "
                 f"({header['model']})"
             )
-        chat = cls(
-            model=model, kv_policy=header["kv_policy"], kv_budget=header["kv_budget"], **given
-        )
+        saved = {name: header[name] for name in ("kv_policy", "kv_budget", "kv_allocation")}
+        chat = cls(model=model, **saved, **given)
         data = arrays["llama_state"].tobytes()
         state = CompactedState(
             input_ids=arrays["input_ids"],
@@ -323,6 +330,8 @@ class DocumentChat:
         chat._place, chat._pending = header["place"], list(header["pending"])
         if policy is not None and policy != header["kv_policy"]:
             chat.set_policy(policy)
+        if allocation is not None:
+            chat.set_allocation(allocation)
         if budget is not None:
             chat.set_budget(budget)
         return chat

@@ -36,6 +36,10 @@ class NativeError(CapKVError, RuntimeError):
     """A native call failed for a reason the other errors do not name."""
 
 
+class OutOfMemory(NativeError, MemoryError):
+    """The memory that a cache of this size needs is not there."""
+
+
 class ContextOverflow(CapKVError, ValueError):
     """More tokens than the logical context holds."""
 

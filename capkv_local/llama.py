@@ -1,8 +1,8 @@
 """``Llama``: llama-cpp-python's class with a KV cache that stays as small as its budget.
 
-Tokens stream through ``budget + n_batch + room`` cells. When the cells run out, the policy scores
-them, every head keeps its best ``budget`` and decoding goes on at the next position. Everything
-else is :class:`llama_cpp.Llama`.
+Tokens stream through ``budget + n_batch + room`` cells per head. When the cells run out, the policy
+scores them, the heads keep their best, ``budget`` on average, and decoding goes on at the next
+position. Everything else is :class:`llama_cpp.Llama`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import llama_cpp._internals as internals
 import numpy as np
 
 from capkv_local import native
+from capkv_local.allocate import get_allocator
 from capkv_local.budget import parse_budget
 from capkv_local.cache import CompactCache, KVCacheStats, evicts
 from capkv_local.errors import (
@@ -28,7 +29,7 @@ from capkv_local.errors import (
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.models import check_model_file, load_errors
 from capkv_local.policies import Policy, get_policy
-from capkv_local.streaming import StreamingLlama, pad
+from capkv_local.streaming import StreamingLlama
 
 Budget = int | float | str
 
@@ -56,8 +57,12 @@ class Llama(StreamingLlama):
     kv_policy
         Name of a policy, a :class:`~capkv_local.policies.Policy`, or None for the stock cache.
     kv_budget
-        What is left after an eviction, per layer and head: cells (int), a fraction of ``n_ctx``
+        What is left after an eviction: cells per head, on average (int), a fraction of ``n_ctx``
         (float in (0, 1]) or memory (``"512MiB"``). Default: 2048 cells, or ``n_ctx`` if smaller.
+    kv_allocation
+        How heads share the budget: ``"uniform"``, ``"pyramid"``, ``"adaptive-layer"`` or
+        ``"global"`` (see :mod:`capkv_local.allocate`); by default what suits the policy. The
+        memory is the same for all.
     kv_room
         Cells beyond ``kv_budget + n_batch``: how many tokens are generated between evictions.
     **kwargs
@@ -84,6 +89,7 @@ class Llama(StreamingLlama):
         n_batch: int = 512,
         kv_policy: str | Policy | None = "capkv",
         kv_budget: Budget | None = None,
+        kv_allocation: str | None = None,
         kv_room: int = DEFAULT_ROOM,
         flash_attn: bool | None = None,
         **kwargs: Any,
@@ -107,41 +113,35 @@ class Llama(StreamingLlama):
 
         native.require()
         policy = get_policy(kv_policy)
+        allocation = _allocation(kv_allocation, policy)
         _check_settings(flash_attn, kwargs, kv_room)
-        # What is not known before the model is loaded (its context, its bytes per cell) is read
-        # off a context of the smallest size.
-        known = n_ctx > 0 and not isinstance(kv_budget, str)
-        if known:
-            budget = _parse(kv_budget, n_ctx, 0, policy)
-            n_cells = self._cells(policy, budget, n_ctx, n_batch)
-        else:
-            budget, n_cells = 0, pad(min(n_batch, n_ctx or n_batch))
+        if n_ctx > 0 and not isinstance(kv_budget, str):
+            _parse(kv_budget, n_ctx, 0, policy)  # wrong settings are told before a model is loaded
+        # The cells come later, when the context and the bytes per cell are known.
+        n_first = min(n_batch, n_ctx or n_batch)
         with load_errors(model_path):
             super().__init__(
-                str(model_path), n_ctx=n_cells, n_batch=n_batch, flash_attn=True, **kwargs
+                str(model_path), n_ctx=n_first, n_batch=n_batch, flash_attn=True, **kwargs
             )
+        if self._window_cells() > n_first:
+            self._new_context(self._window_cells())
         kv = native.KVCache(self._ctx.ctx)
-        if not known:
-            n_ctx = n_ctx or self._model.n_ctx_train()
-            budget = _parse(kv_budget, n_ctx, kv.info().n_bytes_cell, policy)
-        n_cells = self._cells(policy, budget, n_ctx, n_batch)
-        if n_cells != kv.info().n_cells_max:
-            self._new_context(n_cells)
-            kv = native.KVCache(self._ctx.ctx)
-        self._set_n_ctx(kv, n_ctx)
-        self._cache = CompactCache(kv, policy, budget)
+        self._n_ctx = n_ctx or self._model.n_ctx_train()
+        budget = _parse(kv_budget, self._n_ctx, kv.info().n_bytes_cell, policy)
+        kv.resize(self._cells(policy, budget))
+        self._set_n_ctx(kv, self._n_ctx)
+        self._cache = CompactCache(kv, policy, budget, allocation)
 
     # -- sizes ---------------------------------------------------------------------------------
 
-    def _cells(self, policy: Policy, budget: int, n_ctx: int, n_batch: int) -> int:
-        """Cells to allocate."""
+    def _cells(self, policy: Policy, budget: int) -> int:
+        """Cells per head to allocate."""
         if not evicts(policy):
-            return pad(n_ctx)
-        n_cells = pad(budget + min(n_batch, n_ctx) + self._room)
-        return min(pad(n_ctx), max(n_cells, self._window_cells()))
+            return self._n_ctx
+        # The room is there even where the whole context fits: a question is read in it.
+        return min(self._n_ctx, budget + min(self.n_batch, self._n_ctx)) + self._room
 
     def _set_n_ctx(self, kv: native.KVCache, n_ctx: int) -> None:
-        n_ctx = max(n_ctx, kv.info().n_cells_max)
         kv.set_n_ctx(n_ctx)
         self._n_ctx = n_ctx
         self.input_ids = np.zeros((n_ctx,), dtype=np.intc)
@@ -179,17 +179,19 @@ class Llama(StreamingLlama):
             n_bytes = 0
         return KVCacheStats(
             policy=None,
+            allocation=None,
             budget=n_cells,
             n_tokens=self.n_tokens,
             n_cells=self.n_tokens,
             n_cells_max=n_cells,
+            n_cells_range=(self.n_tokens, self.n_tokens),
             kv_bytes=n_bytes,
             kv_bytes_full=n_bytes,
             t_decode_s=self._t_decode_s,
         )
 
     def kv_positions(self) -> native.I32:
-        """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``."""
+        """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``; -1: not held."""
         return self._require_cache().kv.positions()
 
     def set_kv_budget(self, kv_budget: Budget) -> None:
@@ -203,51 +205,57 @@ class Llama(StreamingLlama):
         cache = self._require_cache()
         info = cache.kv.info()
         budget = _parse(kv_budget, self._n_ctx, info.n_bytes_cell, cache.policy)
-        n_cells = self._cells(cache.policy, budget, self._n_ctx, self.n_batch)
+        n_cells = self._cells(cache.policy, budget)
         with deferred_interrupt():
-            if budget < cache.budget and cache.evicts and info.n_cells > budget:
-                before, cache.budget = cache.budget, budget
+            if budget > cache.budget:
+                self._resize(cache, n_cells)
+            before, cache.budget = cache.budget, budget
+            if cache.evicts and budget < before and info.n_held > budget:
                 try:
                     cache.evict(n_tokens=self.n_tokens, n_cells=info.n_cells)
                 except BaseException:
                     cache.budget = before
                     raise
-            if n_cells != info.n_cells_max:
-                self._resize(cache, n_cells)
-            cache.budget = budget
+            self._resize(cache, n_cells)
 
-    def set_kv_policy(self, kv_policy: str | Policy) -> None:
+    def set_kv_policy(self, kv_policy: str | Policy, kv_allocation: str | None = None) -> None:
         """Change the policy; the cells that are kept now stay, what was observed is forgotten.
 
         Raises
         ------
         PolicyError, BudgetError
-            Unknown policy, or one whose sinks and window the budget does not hold.
+            Unknown policy or allocation, or one whose sinks and window the budget does not hold.
         """
         cache = self._require_cache()
         policy = get_policy(kv_policy)
-        info = cache.kv.info()
-        _parse(cache.budget, self._n_ctx, info.n_bytes_cell, policy)
+        allocation = _allocation(kv_allocation, policy)
+        _parse(cache.budget, self._n_ctx, cache.kv.info().n_bytes_cell, policy)
         with deferred_interrupt():
-            cache.policy = policy
-            cache.forget()
-            # Before a resize: the state that moves must not hold what the old policy observed.
-            cache.observe()
-            n_cells = self._cells(policy, cache.budget, self._n_ctx, self.n_batch)
-            if n_cells > info.n_cells_max:
+            n_cells = self._cells(policy, cache.budget)
+            if n_cells > self._n_allocated(cache):
                 self._resize(cache, n_cells)
+            cache.policy, cache.allocation = policy, allocation
+            cache.forget()
+            cache.observe()
+
+    def set_kv_allocation(self, kv_allocation: str) -> None:
+        """Share the budget in another way, from the next eviction on.
+
+        Raises
+        ------
+        BudgetError
+            There is no such allocation.
+        """
+        cache = self._require_cache()
+        cache.allocation = _allocation(kv_allocation, cache.policy)
+
+    def _n_allocated(self, cache: CompactCache) -> int:
+        info = cache.kv.info()
+        return info.n_rows_max // info.n_heads
 
     def _resize(self, cache: CompactCache, n_cells: int) -> None:
-        """Move the sequence to a context of another size."""
-        state = native.get_state(self._ctx.ctx)
-        self._new_context(n_cells)
-        cache.kv = native.KVCache(self._ctx.ctx)
-        cache.kv.set_n_ctx(self._n_ctx)
-        cache.observe()
-        if not native.set_state(self._ctx.ctx, state):
-            self.n_tokens = 0
-            raise NativeError(f"the cells could not be moved to a cache of {n_cells} cells")
-        self._requires_eval = True
+        if n_cells != self._n_allocated(cache):
+            cache.kv.resize(n_cells)
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -303,7 +311,7 @@ class Llama(StreamingLlama):
                 native.set_state(self._ctx.ctx, before)
                 raise StateError(
                     "the state does not fit: it is of another model, cache type or n_window, "
-                    f"holds more than {cache.kv.info().n_cells_max} cells, or is damaged"
+                    f"holds more than {self._n_allocated(cache)} cells per head, or is damaged"
                 )
             self.n_tokens = state.n_tokens
             self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
@@ -323,8 +331,19 @@ def _in_order(kv: native.KVCache, n_tokens: int) -> bool:
         return False
     if positions.shape[-1] == 0:
         return n_tokens == 0
-    ascending = bool((np.diff(positions, axis=-1) > 0).all())
-    return ascending and positions.min() >= 0 and bool((positions[..., -1] == n_tokens - 1).all())
+    held = positions >= 0
+    # The cells that a head holds are the last ones, in order, the newest token among them.
+    last = bool((held[..., -1] & (positions[..., -1] == n_tokens - 1)).all())
+    suffix = bool((held[..., 1:] >= held[..., :-1]).all())
+    ascending = bool(((np.diff(positions, axis=-1) > 0) | ~held[..., :-1]).all())
+    return last and suffix and ascending
+
+
+def _allocation(name: str | None, policy: Policy) -> str:
+    if name is None:
+        name = str(getattr(policy, "allocation", "uniform"))
+    get_allocator(name)
+    return name
 
 
 def _parse(value: Budget | None, n_ctx: int, bytes_per_cell: int, policy: Policy) -> int:

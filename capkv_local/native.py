@@ -22,17 +22,25 @@ import llama_cpp._logger
 import numpy as np
 import numpy.typing as npt
 
-from capkv_local.errors import CapKVError, NativeBuildMissing, NativeError, UnsupportedModel
+from capkv_local.errors import (
+    CapKVError,
+    NativeBuildMissing,
+    NativeError,
+    OutOfMemory,
+    UnsupportedModel,
+)
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
-ABI = 1
+ABI = 2
 
 # llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
 _OK = 0
 _UNSUPPORTED = range(-13, -1)  # ERR_BLOCKS .. ERR_NO_MEMORY
 _ERR_FLASH_ATTN = -9
+_ERR_ALLOC = -19
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _GGML_TYPE_BF16 = 30
@@ -60,6 +68,7 @@ class _Info(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("n_cells", "n_cells_max", "n_compact")),
         ("pos_compact", ctypes.c_int32),
         ("n_queries", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("n_rows", "n_rows_max")),
         *((name, ctypes.c_uint64) for name in ("n_bytes_cell", "n_bytes_kv")),
         *((name, ctypes.c_uint64) for name in ("n_bytes_other", "n_bytes_observe")),
     ]
@@ -88,7 +97,7 @@ class _ScoreParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Info:
-    """``llama_memory_evict_info``: sizes in cells and bytes, see the header."""
+    """``llama_memory_evict_info``: sizes in cells, rows and bytes, see the header."""
 
     n_layer: int
     n_head_kv: int
@@ -100,10 +109,27 @@ class Info:
     n_compact: int
     pos_compact: int
     n_queries: int
+    n_rows: int
+    n_rows_max: int
     n_bytes_cell: int
     n_bytes_kv: int
     n_bytes_other: int
     n_bytes_observe: int
+
+    @property
+    def n_heads(self) -> int:
+        """KV heads of all layers together."""
+        return self.n_layer * self.n_head_kv
+
+    @property
+    def n_held(self) -> int:
+        """Cells that a head holds, on average over all heads; rounded up."""
+        return -(-self.n_rows // self.n_heads)
+
+    @property
+    def n_free(self) -> int:
+        """Tokens that can be appended before rows have to be given up."""
+        return self.n_cells_max - self.n_cells
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -115,6 +141,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t],
     ),
+    "llama_memory_evict_resize": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_uint32]),
     "llama_memory_evict_set_n_ctx": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_uint32]),
     "llama_memory_observe": (ctypes.c_int32, [ctypes.c_void_p, _ObserveParams]),
     "llama_memory_observe_set_mean": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
@@ -124,7 +151,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "llama_memory_evict": (
         ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t],
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t],
     ),
 }
 
@@ -199,6 +226,9 @@ def _check(status: int, what: str) -> None:
 class KVCache:
     """The part of a context's KV cache that can be evicted per head.
 
+    Every head of every layer holds as many cells as it keeps. Cells are numbered from the end, so
+    that arrays are dense: a head that holds fewer cells than others lacks the first ones.
+
     Parameters
     ----------
     ctx
@@ -226,12 +256,41 @@ class KVCache:
         return Info(**{name: int(getattr(raw, name)) for name, _ in raw._fields_})  # type: ignore[misc]
 
     def positions(self) -> I32:
-        """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``."""
+        """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``; -1: not held."""
         info = self.info()
         out = np.empty((info.n_layer, info.n_head_kv, info.n_cells), dtype=np.int32)
         status = self._f["llama_memory_evict_positions"](self._ctx, out.ctypes.data, out.size)
         _check(status, "read the positions of the KV cells")
         return out
+
+    def held_range(self) -> tuple[int, int]:
+        """Fewest and most cells that a head holds."""
+        if self.info().n_cells == 0:
+            return 0, 0
+        held = (self.positions() >= 0).sum(axis=-1)
+        return int(held.min()), int(held.max())
+
+    def resize(self, n_cells: int) -> None:
+        """Allocate ``n_cells`` cells per head on average; what is held moves along.
+
+        Needed once before anything is decoded or evicted. Old and new memory exist side by side
+        for a moment.
+
+        Raises
+        ------
+        OutOfMemory
+            Not that much memory; nothing has changed.
+        NativeError
+            Fewer cells than are held; nothing has changed.
+        """
+        status = self._f["llama_memory_evict_resize"](self._ctx, n_cells)
+        if status == _ERR_ALLOC:
+            n_mib = n_cells * self.info().n_bytes_cell / 2**20
+            raise OutOfMemory(
+                f"no memory for {n_cells} KV cells per head ({n_mib:.0f} MiB): take a smaller "
+                "kv_budget, kv_room or n_batch, or a smaller cache type (type_k, type_v)"
+            )
+        _check(status, f"make room for {n_cells} KV cells per head")
 
     def set_n_ctx(self, n_ctx: int) -> None:
         """Declare the logical context length (tokens) of a cache of fewer cells."""
@@ -262,9 +321,9 @@ class KVCache:
     ) -> F32:
         """One statistic of the first ``n_cells`` cells, ``[n_layer, n_rows, n_cells]``.
 
-        ``n_rows`` is ``n_head`` for the anchor and with ``per_head``, else ``n_head_kv``.
-        ``weights`` is ``[n_layer, n_head_w, n_cells]`` with ``n_head_w`` a multiple of
-        ``n_head_kv``.
+        0 in cells that a head does not hold. ``n_rows`` is ``n_head`` for the anchor and with
+        ``per_head``, else ``n_head_kv``. ``weights`` is ``[n_layer, n_head_w, n_cells]`` with
+        ``n_head_w`` a multiple of ``n_head_kv``.
         """
         info = self.info()
         attention = stat <= Stat.ATTN_SQR
@@ -292,11 +351,23 @@ class KVCache:
         _check(status, f"compute {stat.name}")
         return out
 
-    def evict(self, keep: I32) -> None:
-        """Keep the cells ``keep[n_layer, n_head_kv, n_keep]`` (ascending) and free the others."""
-        keep = np.ascontiguousarray(keep, dtype=np.int32)
+    def evict(self, keep: Mask) -> None:
+        """Every head keeps the cells marked in ``keep[n_layer, n_head_kv, n_cells]``.
+
+        Any number per head, the last cell always among them; afterwards the largest number is in
+        use and every head holds the last of those cells.
+        """
+        n_keep = np.ascontiguousarray(keep.sum(axis=-1), dtype=np.uint32)
+        # nonzero walks heads and cells in order: the lists of the heads, one behind the other.
+        cells = np.ascontiguousarray(np.nonzero(keep)[-1], dtype=np.int32)
+        expected = self.info()
+        if keep.shape != (expected.n_layer, expected.n_head_kv, expected.n_cells):
+            raise NativeError(
+                f"the mask of kept cells has shape {keep.shape} instead of "
+                f"{(expected.n_layer, expected.n_head_kv, expected.n_cells)}"
+            )
         status = self._f["llama_memory_evict"](
-            self._ctx, keep.shape[-1], keep.ctypes.data, keep.size
+            self._ctx, n_keep.ctypes.data, cells.ctypes.data, cells.size
         )
         _check(status, "evict KV cells")
 

@@ -1,4 +1,4 @@
-"""From scores to keep lists: sinks, recent window and the best of the rest."""
+"""From scores and counts to the cells that stay: sinks, recent window and the best of the rest."""
 
 from __future__ import annotations
 
@@ -9,86 +9,167 @@ from numpy.typing import NDArray
 
 from capkv_local.errors import BudgetError, PolicyError
 
+Scores = NDArray[np.floating[Any]]
+Mask = NDArray[np.bool_]
+Counts = NDArray[np.integer[Any]]
 
-def keep_lists(
-    scores: NDArray[np.floating[Any]], budget: int, *, n_sinks: int, n_recent: int
-) -> NDArray[np.int32]:
-    """Choose `budget` cells in every head of every layer.
+
+def keep_mask(scores: Scores, held: Mask, counts: Counts, *, n_sinks: int, n_recent: int) -> Mask:
+    """Choose the cells that every head keeps, as many as `counts` says.
 
     Parameters
     ----------
     scores
-        float [n_layer, n_head_kv, n_cells], higher means keep, all finite.
-    budget
-        Cells to keep per layer and head, ``n_sinks + n_recent <= budget <= n_cells``.
+        float [n_layer, n_head_kv, n_cells], higher means keep, finite in every held cell; what
+        stands in the others does not matter.
+    held
+        bool [n_layer, n_head_kv, n_cells], the cells that the head holds.
+    counts
+        int [n_layer, n_head_kv], cells to keep, sinks and recent window among them: at least 1
+        and at least those two, as far as the head holds them; at most the cells it holds.
     n_sinks, n_recent
-        First and last cells that are kept whatever their score.
+        First and last held cells of the head, kept whatever their score.
 
     Returns
     -------
-    int32 [n_layer, n_head_kv, budget]
-        Cell indices, ascending. Of equal scores the later cell is kept.
+    bool [n_layer, n_head_kv, n_cells]
+        Cells to keep, ``counts`` of them in each head. Of equal scores the later cell is kept.
 
     Raises
     ------
     PolicyError
         (a ValueError) Scores of the wrong shape or not finite.
     BudgetError
-        (a ValueError) A budget that cannot hold sinks and recent window, or exceeds the cells.
+        (a ValueError) A count that cannot hold sinks and recent window or exceeds the cells
+        held, or counts of the wrong shape or type.
 
     Examples
     --------
     >>> import numpy as np
     >>> scores = np.array([[[0.0, 0.1, 0.9, 0.5, 0.2, 0.0]]], dtype=np.float32)
-    >>> keep_lists(scores, 4, n_sinks=1, n_recent=1).tolist()
-    [[[0, 2, 3, 5]]]
+    >>> held = np.array([[[False, True, True, True, True, True]]])
+    >>> keep_mask(scores, held, np.array([[3]]), n_sinks=1, n_recent=1).astype(int).tolist()
+    [[[0, 1, 1, 0, 0, 1]]]
     """
-    scores = np.asarray(scores)
-    _check_scores(scores)
-    n_layer, n_head_kv, n_cells = scores.shape
+    scores, held, counts = np.asarray(scores), np.asarray(held, bool), np.asarray(counts)
+    check_scores(scores, held)
+    always = held & ~contested(held, n_sinks=n_sinks, n_recent=n_recent)
+    n_always = always.sum(axis=-1)
+    _check_counts(counts, n_always, held.sum(axis=-1), n_sinks=n_sinks, n_recent=n_recent)
+    return always | top_cells(scores, held & ~always, counts - n_always)
+
+
+def contested(held: Mask, *, n_sinks: int, n_recent: int) -> Mask:
+    """Held cells that are neither sinks nor recent: those whose score decides.
+
+    Parameters
+    ----------
+    held
+        bool [n_layer, n_head_kv, n_cells], the cells that the head holds.
+    n_sinks, n_recent
+        First and last held cells of every head that are not contested.
+
+    Returns
+    -------
+    bool [n_layer, n_head_kv, n_cells]
+
+    Raises
+    ------
+    BudgetError
+        (a ValueError) A negative `n_sinks` or `n_recent`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> held = np.array([[[False, True, True, True, True, True]]])
+    >>> contested(held, n_sinks=1, n_recent=2).astype(int).tolist()
+    [[[0, 0, 1, 1, 0, 0]]]
+    """
     if n_sinks < 0 or n_recent < 0:
         raise BudgetError(f"n_sinks={n_sinks} and n_recent={n_recent} must be 0 or more.")
-    if not max(1, n_sinks + n_recent) <= budget <= n_cells:
-        raise BudgetError(
-            f"A budget of {budget} cells must hold {n_sinks} sinks and {n_recent} recent cells "
-            f"and be at most the {n_cells} cells there are: change kv_budget or the policy's "
-            "n_sinks and n_recent."
-        )
-    keep = np.zeros(scores.shape, bool)
-    keep[..., :n_sinks] = True
-    keep[..., n_cells - n_recent :] = True
-    middle = slice(n_sinks, n_cells - n_recent)
-    keep[..., middle] = _top(scores[..., middle], budget - n_sinks - n_recent)
-    # Every row of the mask has `budget` marks, and nonzero walks rows and cells in order.
-    cells = np.nonzero(keep.reshape(-1, n_cells))[1]
-    return cells.reshape(n_layer, n_head_kv, budget).astype(np.int32)
+    held = np.asarray(held, bool)
+    rank = np.cumsum(held, axis=-1, dtype=np.int32)  # 1 for the first cell held
+    n_held = held.sum(axis=-1, keepdims=True)
+    middle: Mask = held & (rank > n_sinks) & (rank <= n_held - n_recent)
+    return middle
 
 
-def _top(scores: NDArray[Any], count: int) -> NDArray[np.bool_]:
-    """Mask of the `count` largest along the last axis, later ones first among equals."""
+def top_cells(scores: Scores, among: Mask, counts: Counts) -> Mask:
+    """Best cells of every row, of equal scores the later ones.
+
+    Parameters
+    ----------
+    scores
+        float [..., n_cells], finite where `among` is set.
+    among
+        bool [..., n_cells], cells that may be chosen.
+    counts
+        int [...], cells to choose, from 0 to the row's cells in `among`; not checked.
+
+    Returns
+    -------
+    bool [..., n_cells]
+    """
     n = scores.shape[-1]
-    if count == 0 or count == n:
-        return np.full(scores.shape, count > 0)
-    cut = np.partition(scores, n - count, axis=-1)[..., n - count, None]  # smallest score kept
-    above = scores > cut
-    equal = scores == cut
-    missing = count - above.sum(axis=-1, keepdims=True)
-    rank_from_end = np.cumsum(equal[..., ::-1], axis=-1)[..., ::-1]
-    mask: NDArray[np.bool_] = above | (equal & (rank_from_end <= missing))
+    if n == 0:
+        return np.zeros(scores.shape, bool)
+    masked = np.where(among, scores, -np.inf)  # below every finite score
+    # Smallest score chosen. A count of 0 reads the largest instead, and then nothing is above
+    # it and none of its equals is missing.
+    first = np.minimum(n - counts, n - 1)[..., None]
+    cut = np.take_along_axis(np.sort(masked, axis=-1), first, axis=-1)
+    above = masked > cut
+    equal = masked == cut
+    missing = counts[..., None] - above.sum(axis=-1, keepdims=True)
+    rank_from_end = np.cumsum(equal[..., ::-1], axis=-1, dtype=np.int32)[..., ::-1]
+    mask: Mask = above | (equal & (rank_from_end <= missing))
     return mask
 
 
-def _check_scores(scores: NDArray[Any]) -> None:
-    if scores.ndim != 3 or not np.issubdtype(scores.dtype, np.floating):
+def check_scores(scores: NDArray[Any], where: Mask) -> None:
+    """Raise PolicyError unless `scores` are floats of the shape of `where`, finite where it is set.
+
+    Parameters
+    ----------
+    scores
+        What a policy returned, float [n_layer, n_head_kv, n_cells].
+    where
+        bool [n_layer, n_head_kv, n_cells], cells whose score is used.
+    """
+    if (
+        scores.ndim != 3
+        or scores.shape != where.shape
+        or not np.issubdtype(scores.dtype, np.floating)
+    ):
         raise PolicyError(
             f"The policy returned scores of type {scores.dtype} and shape {scores.shape}: they "
-            "must be floats [n_layer, n_head_kv, n_cells]."
+            f"must be floats [n_layer, n_head_kv, n_cells], here {where.shape}."
         )
-    bad = ~np.isfinite(scores)
+    bad = where & ~np.isfinite(scores)
     if bad.any():
         layer, head, cell = (int(i) for i in np.argwhere(bad)[0])
         raise PolicyError(
             f"The policy returned {int(bad.sum())} scores that are not finite, the first "
             f"({scores[layer, head, cell]}) at layer {layer}, head {head}, cell {cell}: mend its "
             "score()."
+        )
+
+
+def _check_counts(
+    counts: NDArray[Any], n_always: Counts, n_held: Counts, *, n_sinks: int, n_recent: int
+) -> None:
+    """Raise BudgetError unless counts [L, H] lie between what is always kept and what is held."""
+    if counts.shape != n_held.shape or not np.issubdtype(counts.dtype, np.integer):
+        raise BudgetError(
+            f"Counts of type {counts.dtype} and shape {counts.shape}: they must be integers "
+            f"[n_layer, n_head_kv], here {n_held.shape}."
+        )
+    bad = (counts < np.maximum(1, n_always)) | (counts > n_held)
+    if bad.any():
+        layer, head = (int(i) for i in np.argwhere(bad)[0])
+        raise BudgetError(
+            f"A budget of {counts[layer, head]} cells in layer {layer}, head {head} must hold "
+            f"{n_sinks} sinks and {n_recent} recent cells, at least 1 cell, and be at most the "
+            f"{n_held[layer, head]} cells there are: change kv_budget or the policy's n_sinks "
+            "and n_recent."
         )

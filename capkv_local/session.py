@@ -18,7 +18,7 @@ import numpy as np
 
 from capkv_local.errors import StateError
 
-_MAGIC = b"CAPKV\x00\x01\n"
+_MAGIC = b"CAPKV\x00\x02\n"
 _DIGEST = hashlib.sha256().digest_size
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -26,14 +26,6 @@ from capkv_local.interrupt import deferred_interrupt
 Observe = Literal["tail", "question"]
 Progress = Callable[[int, int], None]
 
-# llama.cpp pads the number of cells it attends over, and its contexts, to this.
-_PAD = 256
-
-
-def pad(n: int) -> int:
-    """Cells that llama.cpp allocates for ``n``."""
-    return -(-n // _PAD) * _PAD
-
 
 class StreamingLlama(llama_cpp.Llama):
     """:class:`llama_cpp.Llama` whose tokens stream through ``self._cache``, if there is one."""
@@ -131,7 +123,9 @@ class StreamingLlama(llama_cpp.Llama):
 
     def _chunk_size(self, cache: CompactCache, n_question: int) -> int:
         """Tokens to decode between evictions that leave cells for the question."""
-        free = cache.kv.info().n_cells_max - (cache.budget if cache.evicts else 0)
+        info = cache.kv.info()
+        never_full = not cache.evicts or cache.budget >= self._n_ctx
+        free = info.n_rows_max // info.n_heads - (0 if never_full else cache.budget)
         longest = free - 1
         if self._window_cells():
             # In one piece, a question takes only cells that no window needs any more.
@@ -146,21 +140,21 @@ class StreamingLlama(llama_cpp.Llama):
 
     def _make_room(self, cache: CompactCache, n_new: int, question: list[int]) -> None:
         info = cache.kv.info()
-        if info.n_cells + n_new + len(question) > info.n_cells_max:
+        if n_new + len(question) > info.n_free:
             self._evict(cache, question)
 
     def _settle(self, cache: CompactCache, question: list[int]) -> None:
         """After a prompt: back to the budget, unless only a little is over."""
-        n_over = cache.kv.info().n_cells - cache.budget
+        n_over = cache.kv.info().n_held - cache.budget
         if not cache.evicts or n_over <= self._room // 2:
             return
         self._evict(cache, question)
         # The last token is decoded again, so that its logits are those of the cells that
-        # generation goes on with: the same prompt again then gives the same answer.
-        self.n_tokens -= 1
-        last = int(self.input_ids[self.n_tokens])
-        self._rewind(cache, 1)
-        self._decode_chunk([last])
+        # generation goes on with: the same prompt again then gives the same answer. Only a policy
+        # that keeps nothing but the last token in all heads leaves no way back.
+        if self._ctx.kv_cache_seq_rm(-1, self.n_tokens - 1, -1):
+            self.n_tokens -= 1
+            self._decode_chunk([int(self.input_ids[self.n_tokens])])
 
     def _evict(self, cache: CompactCache, question: list[int]) -> None:
         n_cells = cache.kv.info().n_cells
@@ -227,11 +221,9 @@ class StreamingLlama(llama_cpp.Llama):
             raise
 
     def _window_cells(self) -> int:
-        """Cells that sliding windows need: llama.cpp makes their cache no larger than the other.
+        """Cells that sliding windows need; 0 for models without them.
 
-        0 before the model is loaded and for models without them.
+        llama.cpp makes their cache no larger than the context that it is created with.
         """
-        if getattr(self, "_model", None) is None:
-            return 0
         n_window = llama_cpp.llama_model_n_swa(self._model.model)
-        return pad(n_window + self.context_params.n_ubatch) if n_window > 0 else 0
+        return n_window + self.context_params.n_ubatch if n_window > 0 else 0

@@ -49,10 +49,10 @@ def ask_command(
 
     \b
     The JSON object:
-      {"answer": ..., "model": path, "policy": name, "budget": cells per layer and head,
+      {"answer": ..., "model": path, "policy": name, "allocation": name, "budget": cells per head,
        "tokens": tokens read, "seconds": {"load", "read", "answer", "decode", "score",
-       "select", "evict"}, "kv": {"cells", "cells_max", "bytes", "bytes_full", "observe_bytes",
-       "evictions", "cells_evicted"}}
+       "select", "evict"}, "kv": {"cells", "cells_max", "cells_range", "bytes", "bytes_full",
+       "observe_bytes", "evictions", "cells_evicted"}}
     """
     if not question.strip():
         raise click.UsageError("the question is empty")
@@ -93,12 +93,14 @@ def _numbers(stats: KVCacheStats, tokens: int, seconds: dict[str, float]) -> dic
     }
     return {
         "policy": stats.policy,
+        "allocation": stats.allocation,
         "budget": stats.budget,
         "tokens": tokens,
         "seconds": {name: round(value, 4) for name, value in (seconds | native).items()},
         "kv": {
             "cells": stats.n_cells,
             "cells_max": stats.n_cells_max,
+            "cells_range": list(stats.n_cells_range),
             "bytes": stats.kv_bytes,
             "bytes_full": stats.kv_bytes_full,
             "observe_bytes": stats.observe_bytes,

@@ -24,7 +24,7 @@ from capkv_local.cli.common import (
     open_chat,
     read_sources,
 )
-from capkv_local.cli.display import is_fancy, size, stats_text, stream_answer
+from capkv_local.cli.display import budget_text, is_fancy, size, stats_text, stream_answer
 from capkv_local.errors import CapKVError
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _stats(session: DocumentChat, argument: str) -> None:
 def _budget(session: DocumentChat, argument: str) -> None:
     if argument:
         session.set_budget(budget_value(argument))
-    click.echo(f"budget: {session.stats().budget} cells per layer and head")
+    click.echo(f"budget: {budget_text(session.stats())}")
 
 
 def _policy(session: DocumentChat, argument: str) -> None:
@@ -190,6 +190,16 @@ def _policy(session: DocumentChat, argument: str) -> None:
         from capkv_local.policies import policy_names
 
         click.echo(f"known: {', '.join(policy_names())}")
+
+
+def _allocation(session: DocumentChat, argument: str) -> None:
+    if argument:
+        session.set_allocation(argument)
+    click.echo(f"allocation: {session.stats().allocation}")
+    if not argument:
+        from capkv_local.allocate import ALLOCATORS
+
+        click.echo(f"known: {', '.join(ALLOCATORS)}")
 
 
 def _save(session: DocumentChat, argument: str) -> None:
@@ -224,6 +234,9 @@ COMMANDS = {
     "/stats": _Command("/stats", "show the KV cache: cells, memory, evictions, times", _stats),
     "/budget": _Command("/budget N", "keep N cells, a fraction (0.25), or a size (64MiB)", _budget),
     "/policy": _Command("/policy NAME", "choose what decides which cells stay", _policy),
+    "/allocation": _Command(
+        "/allocation NAME", "choose how heads share the budget, from the next eviction", _allocation
+    ),
     "/save": _Command("/save PATH", "save this session to a .capkv file", _save),
     "/help": _Command("/help", "show this list", _help),
 }

@@ -88,6 +88,7 @@ class ModelOptions:
     model: Path | None = None
     kv_policy: str | None = None
     kv_budget: int | float | str | None = None
+    kv_allocation: str | None = None
     n_ctx: int | None = None
     n_threads: int | None = None
     n_gpu_layers: int | None = None
@@ -140,8 +141,15 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "kv_budget",
         type=budget_value,
         metavar="N|0.25|512MiB",
-        help="KV cells to keep per layer and head: a count, a fraction of --n-ctx (0.25 or 25%), "
-        "or a memory size (512MiB). [default: 2048]",
+        help="KV cells to keep per head, on average: a count, a fraction of --n-ctx (0.25 or "
+        "25%), or a memory size (512MiB). [default: 2048]",
+    ),
+    click.option(
+        "--allocation",
+        "kv_allocation",
+        metavar="NAME",
+        help="How heads share the budget: uniform, pyramid, adaptive-layer or global. "
+        "[default: what suits the policy]",
     ),
     click.option(
         "--n-ctx",

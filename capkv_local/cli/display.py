@@ -188,17 +188,25 @@ def stream_answer(pieces: Iterable[str]) -> str:
     return "".join(answer).strip()
 
 
+def budget_text(stats: KVCacheStats) -> str:
+    """Return how many cells are kept, and how heads share them."""
+    shared = "" if stats.allocation is None else f", {stats.allocation}"
+    return f"{stats.budget:,} cells per head{shared}"
+
+
 def stats_text(stats: KVCacheStats) -> str:
     """Return the state of the cache as lines of ``name  value``."""
     memory = size(stats.kv_bytes)
     if 0 < stats.kv_bytes < stats.kv_bytes_full:
         less = 1 - stats.kv_bytes / stats.kv_bytes_full
         memory += f", {less:.0%} less than the {size(stats.kv_bytes_full)} without eviction"
+    fewest, most = stats.n_cells_range
+    spread = "" if fewest == most else f" ({fewest:,} to {most:,})"
     rows = {
         "policy": stats.policy or "none",
-        "budget": f"{stats.budget} cells per layer and head",
+        "budget": budget_text(stats),
         "tokens": f"{stats.n_tokens:,}",
-        "cells": f"{stats.n_cells:,} of {stats.n_cells_max:,} per layer and head",
+        "cells": f"{stats.n_cells:,} of {stats.n_cells_max:,} per head{spread}",
         "KV memory": memory,
         "observation": size(stats.observe_bytes),
         "evictions": f"{stats.evictions:,} ({count(stats.cells_evicted, 'cell')} evicted)",

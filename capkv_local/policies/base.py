@@ -37,7 +37,9 @@ class KVStats(Protocol):
     n_queries : int
         Queries in the observation window.
     positions : int32 [n_layer, n_head_kv, n_cells]
-        Token position that each cell holds, ascending along the cells.
+        Token position that each cell holds, ascending along the cells. Heads may hold different
+        numbers of cells; a head that holds fewer lacks the first ones: they are -1, and 0 in all
+        statistics. Their scores do not matter.
     carried : float32 [n_layer, n_head_kv, n_cells] or None
         What this policy handed to :meth:`carry` in the round before, moved with its cells; 0 for
         cells that are new since, None in the first round.
@@ -156,6 +158,8 @@ class BasePolicy:
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     evicts: ClassVar[bool] = True
+    # Default way to share the budget among heads, a name of capkv_local.allocate.
+    allocation: ClassVar[str] = "uniform"
 
     n_sinks: int = 4
     n_recent: int = 32
@@ -318,6 +322,13 @@ def window_mask(stats: KVStats) -> NDArray[np.bool_]:
     """Cells that hold the tokens of the observation window, [n_layer, n_head_kv, n_cells]."""
     mask: NDArray[np.bool_] = stats.positions >= stats.n_tokens - stats.n_queries
     return mask
+
+
+def sink_cells(stats: KVStats, n_sinks: int) -> NDArray[np.bool_]:
+    """First ``n_sinks`` cells that each head holds, [n_layer, n_head_kv, n_cells]."""
+    held = stats.positions >= 0
+    sinks: NDArray[np.bool_] = held & (np.cumsum(held, axis=-1, dtype=np.int32) <= n_sinks)
+    return sinks
 
 
 def above_all(scores: NDArray[Any], cells: NDArray[np.bool_] | slice) -> F32:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from capkv_local.policies.base import F32, BasePolicy, KVStats, above_all, pool_cells, register
 from capkv_local.policies.base import window_mask as in_window
+from capkv_local.select import contested
 
 
 @register
@@ -22,13 +23,16 @@ class CapKV(BasePolicy):
 
         r_i = max(pool_j(E[a_j²]), carried_i)          a: attention of the last n_window queries
         w_i = r_i + consensus * R * mean over all heads h of (r_h,i / R_h),    R_h = sum_j r_h,j
-        L   = noise sum_j w_j ||u_j||²
-        s_i = w_i u_i' (L I + sum_j w_j u_j u_j')^-1 u_i
+        s_i = w_i u_i' (noise I + sum_j w_j u_j u_j')^-1 u_i,   u_i = v_i / ||v_i||
 
     The output ``sum_i a_i v_i`` for a random query has the signal covariance
     ``sum_i E[a_i²] v_i v_i'``, so the second moment is the weight that the linear-Gaussian model
     itself asks for, averaged over queries and the query heads of the KV head. A large `noise`
-    ranks by relevance alone, ``w_i ||u_i||²``; a small one by diversity.
+    ranks by relevance alone; a small one by diversity.
+
+    The noise is the same for all heads. Giving up cell i costs a head ``-log(1 - s_i) / 2`` nats
+    of capacity, and capacities of heads add up: so scores compare across heads and layers, and
+    one comparison over all of them decides how many cells each keeps (``allocation``).
 
     A head cannot see beforehand which cells it will need: those that copy a number look at its
     digits only while it is being copied. So every head also gets a share of what the heads
@@ -49,18 +53,16 @@ class CapKV(BasePolicy):
         what it changes.
     u
         Capacity vectors, ``"value"`` (the direction in which a cell moves the output) or
-        ``"key"``; measured, they hardly differ.
+        ``"key"``, of length 1.
     noise
-        Ridge as a share of the head's weighted energy, so that heads of any scale are treated
-        alike (right while each head has the same budget). In a head of 64 dimensions a white
-        spectrum has 1/64 of its energy in each, so the default is as strong as a mean dimension.
-        docs/policies.md has the numbers behind the defaults.
+        Variance of the noise, in units of a squared attention. docs/policies.md has the numbers
+        behind the defaults.
 
     Notes
     -----
     Departures from the paper: observed attention instead of one mean query, second moments, the
-    consensus of the heads, one capacity matrix per KV head instead of per query head, a ridge
-    relative to the head.
+    consensus of the heads, values of length 1, one capacity matrix per KV head instead of per
+    query head.
 
     Streaming: a survivor's relevance is the largest it ever had, since a passage that some past
     window needed is not worthless because the present one looks elsewhere. Cells inside the
@@ -70,12 +72,13 @@ class CapKV(BasePolicy):
 
     name: ClassVar[str] = "capkv"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+    allocation: ClassVar[str] = "global"
 
     n_window: int = 32
     pool: int = 15
     consensus: float = 1.0
     u: Literal["value", "key"] = "value"
-    noise: float = 1.0 / 64
+    noise: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,29 +89,32 @@ class CapKV(BasePolicy):
 
     def score(self, stats: KVStats) -> F32:
         """Capacity, sinks and recent above all; hands the relevance on to the next round."""
-        kept = np.ones(stats.n_cells, bool)
-        kept[self.n_sinks : max(self.n_sinks, stats.n_cells - self.n_recent)] = False
-        relevance = self._relevance(stats, kept)  # [n_layer, n_head_kv, n_cells]
+        held = stats.positions >= 0
+        open_ = contested(held, n_sinks=self.n_sinks, n_recent=self.n_recent)
+        relevance = self._relevance(stats, open_)  # [n_layer, n_head_kv, n_cells]
         stats.carry(np.where(in_window(stats), np.float32(0), relevance))
         relevance = relevance + self.consensus * _consensus(stats.positions, relevance)
         norm = stats.value_norm() if self.u == "value" else stats.key_norm()
-        energy = (relevance * norm.astype(np.float64) ** 2).sum(axis=-1, keepdims=True)
-        ridge = np.maximum(self.noise * energy, np.finfo(np.float32).tiny)
-        # Leverage depends on weight / noise alone, and the ridge is each head's own.
-        score = stats.leverage(self.u, (relevance / ridge).astype(np.float32), noise=1.0)
-        return above_all(score, np.broadcast_to(kept, score.shape))
+        square = norm.astype(np.float64) ** 2
+        # Vectors of length 1 are a matter of the weights; a vector of 0 has no direction.
+        weights = np.divide(relevance, square, out=np.zeros_like(square), where=square > 0)
+        # Leverage depends on weight / noise alone.
+        score = stats.leverage(self.u, (weights / self.noise).astype(np.float32), noise=1.0)
+        return above_all(score, held & ~open_)
 
-    def _relevance(self, stats: KVStats, kept: NDArray[np.bool_]) -> F32:
-        """Pooled second moment or what was carried, whichever is larger; 0 for `kept` cells."""
+    def _relevance(self, stats: KVStats, open_: NDArray[np.bool_]) -> F32:
+        """Pooled second moment or what was carried, whichever is larger; 0 outside `open_`."""
         attention = stats.window_attention(reduce="second_moment")
-        contested = (~kept).astype(np.float32)
-        pooled = pool_cells(attention * contested, self.pool)
+        if (open_ == open_[:1, :1]).all():  # the usual case, and much less to pool
+            open_ = open_[:1, :1]
+        weight = open_.astype(np.float32)
+        pooled = pool_cells(attention * weight, self.pool)
         # Near the ends the pool sees fewer contested cells: average over those alone.
-        share = np.maximum(pool_cells(contested, self.pool), np.float32(1.0 / self.pool))
+        share = np.maximum(pool_cells(weight, self.pool), np.float32(1.0 / self.pool))
         relevance = pooled / share
         if stats.carried is not None:
             relevance = np.maximum(relevance, stats.carried)
-        return np.asarray(relevance * contested, np.float32)
+        return np.asarray(relevance * weight, np.float32)
 
 
 def _consensus(positions: NDArray[np.int32], relevance: F32) -> F32:
@@ -127,6 +133,7 @@ def _consensus(positions: NDArray[np.int32], relevance: F32) -> F32:
     """
     total = relevance.sum(axis=-1, keepdims=True, dtype=np.float64)
     share = relevance / np.maximum(total, np.finfo(np.float64).tiny)
-    by_token = np.bincount(positions.ravel(), weights=share.ravel())
+    # Cells that a head does not hold have position -1 and relevance 0.
+    by_token = np.bincount(positions.ravel() + 1, weights=share.ravel())
     n_heads = positions.shape[0] * positions.shape[1]
-    return np.asarray(by_token[positions] / n_heads * total, np.float32)
+    return np.asarray(by_token[positions + 1] / n_heads * total, np.float32)

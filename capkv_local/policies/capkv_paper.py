@@ -7,7 +7,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from capkv_local.policies.base import F32, BasePolicy, KVStats, above_all, group_mean, register
+from capkv_local.policies.base import (
+    F32,
+    BasePolicy,
+    KVStats,
+    above_all,
+    group_mean,
+    register,
+    sink_cells,
+)
 
 
 @register
@@ -73,11 +81,13 @@ class CapKVPaper(BasePolicy):
             return np.ones((stats.n_layer, stats.n_head_kv, stats.n_cells), np.float32)
         cosine = stats.anchor(kind="cosine", n_future=self.n_future)  # [n_layer, n_head, n_cells]
         logits = self.tau * np.clip(cosine.astype(np.float64), -1.0, 1.0)
-        logits[..., : self.n_sinks] = -np.inf
-        w = np.exp(logits - logits.max(axis=-1, keepdims=True))  # 0 for sinks
+        sinks = sink_cells(stats, self.n_sinks)
+        outside = np.repeat(sinks | (stats.positions < 0), stats.n_head // stats.n_head_kv, axis=1)
+        logits[outside] = -np.inf
+        w = np.exp(logits - logits.max(axis=-1, keepdims=True))  # 0 for sinks and absent cells
         inside = np.where(np.isneginf(logits), 0.0, w + self.epsilon).astype(np.float32)
         leverage = stats.leverage("value", inside, self.noise).astype(np.float64)
         mean_w = group_mean(w, stats.n_head_kv)
         # A cell that every head weighs 0 (a large tau underflows) has no relevance at all.
         factor = mean_w / np.maximum(mean_w + self.epsilon, np.finfo(np.float64).tiny)
-        return above_all(leverage * factor, slice(0, self.n_sinks))
+        return above_all(leverage * factor, sinks)

@@ -7,7 +7,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from capkv_local.policies.base import F32, BasePolicy, KVStats, above_all, group_mean, register
+from capkv_local.policies.base import (
+    F32,
+    BasePolicy,
+    KVStats,
+    above_all,
+    group_mean,
+    register,
+    sink_cells,
+)
 
 
 @register
@@ -59,10 +67,12 @@ class ExpectedAttention(BasePolicy):
         if stats.n_cells <= self.n_sinks:
             return np.ones((stats.n_layer, stats.n_head_kv, stats.n_cells), np.float32)
         logits = stats.anchor(kind="dot", n_future=self.n_future).astype(np.float64)
-        logits[..., : self.n_sinks] = -np.inf
+        sinks = sink_cells(stats, self.n_sinks)
+        outside = np.repeat(sinks | (stats.positions < 0), stats.n_head // stats.n_head_kv, axis=1)
+        logits[outside] = -np.inf
         attention = np.exp(logits - logits.max(axis=-1, keepdims=True))
         attention /= attention.sum(axis=-1, keepdims=True)  # [n_layer, n_head, n_cells]
         score = group_mean(attention, stats.n_head_kv) + self.epsilon
         if self.value_norm:
             score = score * stats.value_norm()
-        return above_all(score, slice(0, self.n_sinks))
+        return above_all(score, sinks)

@@ -77,6 +77,7 @@ class Session:
         params.cb_eval = self._callback
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         self.kv = KVCache(self.ctx)
+        self.kv.resize(512)
         self.kv.observe(n_window, mean_query=True, n_skip=n_skip)
         self.info = self.kv.info()
 
@@ -112,25 +113,36 @@ class Session:
     def cells(self) -> tuple[F32, F32]:
         """K and V as the cache stores them, dequantised, [n_layer, n_head_kv, n_cells, d] each.
 
-        Quantised types are stored rotated by :func:`hadamard`.
+        0 in cells that a head does not hold. Quantised types are stored rotated by
+        :func:`hadamard`.
         """
         size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
         data = (ct.c_uint8 * size)()
         assert llama_cpp.llama_state_seq_get_data(self.ctx, data, size, 0) == size
-        n_stream, n_cells = struct.unpack_from("<II", data, 8)
-        assert n_stream & ~_STATE_EXT == 1
-        offset = 16 + 12 * n_cells + 8  # (position, 1, sequence) of every cell, layout, n_layer
-        parts: list[F32] = []
-        for _ in range(2):
-            layers = []
-            for _ in range(self.info.n_layer):
-                (row_size,) = struct.unpack_from("<Q", data, offset + 4)
-                offset += 12
-                rows = np.frombuffer(data, np.uint8, n_cells * row_size, offset)
-                layers.append(self._dequantize(rows.reshape(n_cells, row_size)))
-                offset += n_cells * row_size
-            part = np.stack(layers).reshape(len(layers), n_cells, self.info.n_head_kv, -1)
-            parts.append(part.swapaxes(1, 2))
+        word, per_head, observed, *_, n_compact, _ = struct.unpack_from("<9I", data, 8)
+        assert word & _STATE_EXT and per_head and observed
+        offset = 8 + 9 * 4
+        first = np.zeros((self.info.n_layer, self.info.n_head_kv), np.int64)
+        for index in np.ndindex(first.shape):
+            (first[index],) = struct.unpack_from("<I", data, offset)
+            offset += 4 + 4 * max(0, n_compact - int(first[index]))
+        (n_window,) = struct.unpack_from("<I", data, offset + 4)
+        n_embd = self.info.n_head * self.info.n_embd_head_k
+        # 4 numbers, the count of the mean, positions; then the queries and their sum.
+        offset += 24 + 4 * n_window + 4 * self.info.n_layer * n_embd * (n_window + 1)
+        (n_cells,) = struct.unpack_from("<I", data, offset)
+        offset += 4 + 12 * n_cells  # (position, 1, sequence) of every cell
+        shape = (self.info.n_layer, self.info.n_head_kv, n_cells, self.info.n_embd_head_k)
+        parts = np.zeros((2, *shape), np.float32)
+        for il, part in np.ndindex(self.info.n_layer, 2):
+            (row_size,) = struct.unpack_from("<Q", data, offset + 4)
+            offset += 12
+            for ih in range(self.info.n_head_kv):
+                n = n_cells - int(first[il, ih])
+                rows = np.frombuffer(data, np.uint8, n * row_size, offset)
+                parts[part, il, ih, n_cells - n :] = self._dequantize(rows.reshape(n, row_size))
+                offset += n * row_size
+        assert offset == size
         return parts[0], parts[1]
 
     def _dequantize(self, rows: NDArray[np.uint8]) -> F32:

@@ -88,6 +88,23 @@ def evict(state: SequenceState, keep: I32) -> SequenceState:
     )
 
 
+def as_mask(keep: I32, n_cells: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Keep lists ``[n_layer, n_head_kv, n]`` as a mask ``[n_layer, n_head_kv, n_cells]``."""
+    mask = np.zeros((*keep.shape[:2], n_cells), np.bool_)
+    np.put_along_axis(mask, keep, True, axis=-1)
+    return mask
+
+
+def random_mask(
+    rng: np.random.Generator, held: np.ndarray[Any, np.dtype[np.bool_]]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Random held cells, another number in every head, the last cell always among them."""
+    share = rng.uniform(0.1, 1.0, (*held.shape[:2], 1))
+    mask = held & (rng.random(held.shape) < share)
+    mask[..., -1] = True
+    return mask
+
+
 def random_keep(rng: np.random.Generator, shape: tuple[int, int], n_cells: int, n: int) -> I32:
     """Random ascending keep lists ``[n_layer, n_head_kv, n]`` that hold the last cell."""
     lists = [

@@ -25,6 +25,18 @@ def next_logits(llama: Any, tokens: list[int], start: int) -> np.ndarray[Any, An
     return np.array(rows)
 
 
+def test_wrong_masks_are_refused_and_change_nothing(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="random", kv_budget=512, n_ctx=1024)
+    llama.eval(tokens[:64])
+    kv = llama._cache.kv
+    info = kv.info()
+    keep = np.ones((info.n_layer, info.n_head_kv, 64), np.bool_)
+    for wrong in (keep[..., 1:], keep[:1], keep[..., None], ~keep):
+        with pytest.raises(NativeError):
+            kv.evict(wrong)
+    assert kv.info() == info
+
+
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q4_0", "q5_1", "iq4_nl", "bf16", "f32"])
 def test_eviction_equals_the_oracle_bit_for_bit(
     models: Models, tokens: list[int], cache_type: str
@@ -37,7 +49,7 @@ def test_eviction_equals_the_oracle_bit_for_bit(
     info = kv.info()
     shape = (info.n_layer, info.n_head_kv)
     keep = oracle.random_keep(np.random.default_rng(7), shape, N_PROMPT, N_KEEP)
-    kv.evict(keep)
+    kv.evict(oracle.as_mask(keep, N_PROMPT))
     assert np.array_equal(kv.positions(), keep)
     got = next_logits(ours, tokens[N_PROMPT : N_PROMPT + N_NEXT], N_PROMPT)
 
@@ -71,7 +83,7 @@ def test_repeated_eviction_keeps_the_positions_of_every_head(
             [held, np.broadcast_to(new, (*held.shape[:2], n_new))], axis=-1
         )  # what every head holds now
         keep = oracle.random_keep(rng, held.shape[:2], held.shape[-1], n_keep)
-        kv.evict(keep)
+        kv.evict(oracle.as_mask(keep, held.shape[-1]))
         held = np.take_along_axis(held, keep, axis=-1)
         assert np.array_equal(kv.positions(), held)
     # Positions of new tokens go on behind the last one.
@@ -81,14 +93,15 @@ def test_repeated_eviction_keeps_the_positions_of_every_head(
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda keep: keep[..., ::-1],
+        lambda keep: keep[..., ::-1].copy(),
         lambda keep: keep[..., :-1],
         lambda keep: keep - 1,
         lambda keep: keep + 1,
         lambda keep: np.zeros_like(keep),
         lambda keep: keep[:1],
+        lambda keep: keep[..., :0],
     ],
-    ids=["descending", "without the last", "negative", "out of range", "repeated", "one layer"],
+    ids=["descending", "without the last", "negative", "beyond", "repeated", "one layer", "empty"],
 )
 def test_wrong_keep_lists_are_refused_and_change_nothing(
     models: Models, tokens: list[int], damage: Any
@@ -98,8 +111,10 @@ def test_wrong_keep_lists_are_refused_and_change_nothing(
     kv = llama._cache.kv
     info = kv.info()
     keep = np.broadcast_to(np.arange(64, dtype=np.int32), (info.n_layer, info.n_head_kv, 64)).copy()
-    with pytest.raises(NativeError):
-        kv.evict(damage(keep))
+    lists = np.ascontiguousarray(damage(keep))
+    n_keep = np.full(info.n_heads, lists.shape[-1], np.uint32)
+    status = kv._f["llama_memory_evict"](kv._ctx, n_keep.ctypes.data, lists.ctypes.data, lists.size)
+    assert status < 0
     assert kv.info() == info
     assert np.array_equal(kv.positions(), keep)
 

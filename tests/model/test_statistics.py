@@ -7,7 +7,7 @@ magnitude larger.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Case:
     k: np.ndarray[Any, Any]  # as stored, [n_layer, n_head_kv, n_cells, d]
     v: np.ndarray[Any, Any]
     q: np.ndarray[Any, Any]  # as multiplied with k, [n_layer, n_head, n_tokens, d]
-    held: np.ndarray[Any, Any]  # position in every cell, [n_layer, n_head_kv, n_cells]
+    held: np.ndarray[Any, Any]  # position in every cell or -1, [n_layer, n_head_kv, n_cells]
 
     @property
     def n_cells(self) -> int:
@@ -53,8 +53,24 @@ class Case:
             return self.held
         return np.broadcast_to(self.held.max(axis=(0, 1)), self.held.shape)
 
+    def by_head(self, n_cells: int, n_rows: int, compute: Compute) -> np.ndarray[Any, Any]:
+        """What ``compute`` says of each head's held cells, ``[n_layer, n_rows, n_cells]``.
 
-KINDS = ("f32", "f16", "q8_0", "f16 evicted", "q8_0 evicted")
+        It gets slices of layers, KV heads, query heads and cells; 0 where no cell is held.
+        """
+        n_layer, n_head_kv = self.held.shape[:2]
+        out = np.zeros((n_layer, n_rows, n_cells))
+        n_gqa, n = self.q.shape[1] // n_head_kv, n_rows // n_head_kv
+        for layer, head in np.ndindex(n_layer, n_head_kv):
+            cells = slice(int((self.held[layer, head] < 0).sum()), n_cells)
+            at = slice(layer, layer + 1), slice(head, head + 1)
+            rows = compute(*at, slice(head * n_gqa, (head + 1) * n_gqa), cells)
+            out[layer, head * n : (head + 1) * n, cells] = rows[0]
+        return out
+
+
+Compute = Callable[[slice, slice, slice, slice], np.ndarray[Any, Any]]
+KINDS = ("f32", "f16", "q8_0", "f16 evicted", "q8_0 evicted", "f16 ragged", "q8_0 ragged")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -70,7 +86,12 @@ def case(request: Any, model_path: Path, tokens: list[int]) -> Iterator[Case]:
     if evicted:
         shape = (session.info.n_layer, session.info.n_head_kv)
         rng = np.random.default_rng(11)
-        session.kv.evict(oracle.random_keep(rng, shape, session.n_past, N_KEEP))
+        if evicted == ["ragged"]:
+            keep = oracle.random_mask(rng, session.kv.positions() >= 0)
+        else:
+            lists = oracle.random_keep(rng, shape, session.n_past, N_KEEP)
+            keep = oracle.as_mask(lists, session.n_past)
+        session.kv.evict(keep)
         decode(CHUNKS_AFTER)
     k, v = session.cells()
     q = as_multiplied(session.queries(rope=True), kind)
@@ -118,15 +139,28 @@ def test_window_attention(case: Case, stat: Stat, reduce: Any, per_head: bool) -
         (case.n_cells - 20, N_WINDOW),
     ):
         got = case.session.kv.score(stat, n_cells=n_cells, n_queries=n_queries, per_head=per_head)
-        want = reference.window_attention(
-            case.q[:, :, n - n_queries :],
-            case.k[:, :, :n_cells],
-            np.arange(n - n_queries, n),
-            case.masks(n_queries)[..., :n_cells],
-            case.k.shape[-1] ** -0.5,
-            reduce,
-            per_head,
-        )
+        masks = case.masks(n_queries)
+
+        def attention(
+            layer: slice,
+            head: slice,
+            heads: slice,
+            cells: slice,
+            n_queries: int = n_queries,
+            masks: np.ndarray[Any, Any] = masks,
+        ) -> np.ndarray[Any, Any]:
+            return reference.window_attention(
+                case.q[layer, heads, n - n_queries :],
+                case.k[layer, head, cells],
+                np.arange(n - n_queries, n),
+                masks[layer, head, cells],
+                case.k.shape[-1] ** -0.5,
+                reduce,
+                per_head,
+            )
+
+        info = case.session.info
+        want = case.by_head(n_cells, info.n_head if per_head else info.n_head_kv, attention)
         close_attention(got, want, case.session.kind)
 
 
@@ -136,6 +170,7 @@ def close_attention(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any], kind:
     if kind != "q8_0":
         np.testing.assert_allclose(got, want, rtol=3e-5, atol=1e-37)
         return
+    got, want = got[want > 0], want[want > 0]
     # The rotation of a query is a sum in float32, too: now and then a component lies on the edge
     # of two q8_0 steps and rounds the other way, which moves that query's logits by 1e-2.
     assert np.median(np.abs(got - want) / want) < 1e-4
@@ -161,15 +196,25 @@ def test_anchor(case: Case, stat: Stat, kind: Any) -> None:
     for n_cells in some_cells(case):
         for n_future in (1, 7, 512):
             got = case.session.kv.score(stat, n_cells=n_cells, n_future=n_future)
-            want = reference.anchor(
-                before_rope.mean(axis=2),
-                k[:, :, :n_cells],
-                int(case.held[..., n_cells - 1].max()) + 1,
-                case.session.inv_freq(),
-                kind=kind,
-                n_future=n_future,
-                interleaved=True,
-            )
+
+            def anchor(
+                layer: slice,
+                head: slice,
+                heads: slice,
+                cells: slice,
+                n_future: int = n_future,
+            ) -> np.ndarray[Any, Any]:
+                return reference.anchor(
+                    before_rope.mean(axis=2)[layer, heads],
+                    k[layer, head, cells],
+                    int(case.held[..., cells.stop - 1].max()) + 1,
+                    case.session.inv_freq(),
+                    kind=kind,
+                    n_future=n_future,
+                    interleaved=True,
+                )
+
+            want = case.by_head(n_cells, case.session.info.n_head, anchor)
             # Angles of 300 radians are exact to 3e-5 in float32, and the mean goes through RoPE
             # three times; what is left of that in the mean over tokens and positions is 3e-6.
             # One query of 296 more or less moves a cosine by 1e-3.
@@ -189,7 +234,12 @@ def test_norms_and_key_cosine(case: Case) -> None:
             got = kv.score(stat, n_cells=n_cells)
             np.testing.assert_allclose(got, reference.norm(rows), rtol=1e-6)
         got = kv.score(Stat.KEY_COS, n_cells=n_cells)
-        np.testing.assert_allclose(got, reference.key_cosine(k), rtol=0, atol=2e-6)
+        want = case.by_head(
+            n_cells,
+            case.session.info.n_head_kv,
+            lambda layer, head, _, cells: reference.key_cosine(case.k[layer, head, cells]),
+        )
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("rows_of", ["weights of 1", "a KV head", "a query head"])
@@ -210,9 +260,23 @@ def test_leverage(case: Case, of: str, rows_of: str) -> None:
         # loses condition times 6e-8; keys are long and alike, their matrix spans 5e5 over 1.
         for noise, atol in ((1.0, 2e-4 if of == "key" else 1e-5), (power / 64, 1e-6)):
             got = case.session.kv.score(stat, n_cells=n_cells, noise=noise, weights=w)
-            np.testing.assert_allclose(
-                got, reference.leverage(rows, w, noise), rtol=1e-5, atol=atol
-            )
+
+            def leverage(
+                layer: slice,
+                head: slice,
+                heads: slice,
+                cells: slice,
+                rows: np.ndarray[Any, Any] = rows,
+                w: np.ndarray[Any, Any] | None = w,
+                noise: float = noise,
+            ) -> np.ndarray[Any, Any]:
+                of_head = None
+                if w is not None:
+                    of_head = w[layer, head if w.shape[1] == info.n_head_kv else heads, cells]
+                return reference.leverage(rows[layer, head, cells], of_head, noise)
+
+            want = case.by_head(n_cells, info.n_head_kv, leverage)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol)
             if w is not None and n_head_w[rows_of] == info.n_head_kv:
                 assert (got[w == 0] == 0).all()
 

@@ -79,10 +79,12 @@ class FakeChat:
     def stats(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(
             policy=self.policy,
+            allocation="global",
             budget=self.budget,
             n_tokens=1000,
             n_cells=64,
             n_cells_max=576,
+            n_cells_range=(30, 120),
             kv_bytes=65536,
             kv_bytes_full=1024000,
             observe_bytes=2048,
@@ -281,7 +283,8 @@ def test_ask_reads_standard_input(fake: type[FakeChat], run: Run) -> None:
 def test_ask_json(fake: type[FakeChat], run: Run) -> None:
     result = run("ask", TXT, "why?", "--json")
     answer = json.loads(result.stdout)
-    assert list(answer) == ["answer", "model", "policy", "budget", "tokens", "seconds", "kv"]
+    keys = ["answer", "model", "policy", "allocation", "budget", "tokens", "seconds", "kv"]
+    assert list(answer) == keys
     assert answer["answer"] == "The code is 48213."
     assert answer["model"] == "/models/small.gguf"
     assert (answer["policy"], answer["budget"], answer["tokens"]) == ("capkv", 2048, 1000)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from capkv_local.errors import PolicyError
 from capkv_local.policies import base, capkv, get_policy, policy_names
-from capkv_local.select import keep_lists
+from capkv_local.select import keep_mask
 from tests.golden.array_stats import (
     ArrayStats,
     golden_raw,
@@ -27,6 +27,14 @@ from tests.golden.array_stats import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def keep_lists(scores: np.ndarray, budget: int, *, n_sinks: int, n_recent: int) -> np.ndarray:
+    """Cells that every head keeps, [n_layer, n_head_kv, budget]."""
+    counts = np.full(scores.shape[:2], budget)
+    held = np.ones(scores.shape, bool)
+    keep = keep_mask(scores, held, counts, n_sinks=n_sinks, n_recent=n_recent)
+    return np.nonzero(keep)[-1].reshape(*scores.shape[:2], budget)
 
 
 class Row(NamedTuple):
@@ -123,8 +131,8 @@ def test_capkv_is_its_equation(prompt: ArrayStats) -> None:
     total = w.sum(axis=-1, keepdims=True)
     w = w + 0.5 * total * (w / total).mean(axis=(0, 1))
     v = prompt.v[:, :, 4:-8].astype(np.float64)
-    ridge = 0.1 * (w[..., None] * v**2).sum(axis=(-1, -2))
-    a = ridge[..., None, None] * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", w, v, v)
+    v /= np.linalg.norm(v, axis=-1, keepdims=True)
+    a = 0.1 * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", w, v, v)
     want = w * np.einsum("lhni,lhij,lhnj->lhn", v, np.linalg.inv(a), v)
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
@@ -160,13 +168,14 @@ def test_capkv_noise_is_the_dial_between_diversity_and_relevance(prompt: ArraySt
         policy = get_policy("capkv", noise=noise, consensus=0.0)
         stats = prompt.observed_by(policy)
         by_leverage = policy.score(stats)[:, :, 4:-32].argsort(axis=-1)
-        by_relevance = (stats.value_norm() ** 2 * policy._relevance(stats, kept(stats)))[..., 4:-32]  # type: ignore[attr-defined]
+        by_relevance = policy._relevance(stats, open_(stats))[..., 4:-32]  # type: ignore[attr-defined]
         ranks = by_leverage.argsort(axis=-1), by_relevance.argsort(axis=-1).argsort(axis=-1)
         return float(np.corrcoef(ranks[0].ravel(), ranks[1].ravel())[0, 1])
 
-    def kept(stats: ArrayStats) -> np.ndarray:
+    def open_(stats: ArrayStats) -> np.ndarray:
         cells = np.arange(stats.n_cells)
-        return (cells < 4) | (cells >= stats.n_cells - 32)
+        open_cells = (cells >= 4) & (cells < stats.n_cells - 32)
+        return np.broadcast_to(open_cells, stats.positions.shape)
 
     assert share_of_relevance(1e4) > 0.9999 > share_of_relevance(1e-4)
 
