@@ -13,7 +13,6 @@ import difflib
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from capkv_local.errors import PolicyError
@@ -304,11 +303,15 @@ def pool_cells(x: NDArray[Any], kernel: int, *, kind: Literal["mean", "max"] = "
     """
     if kernel == 1:
         return np.asarray(x, np.float32)
-    half = kernel // 2
-    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(half, half)])
-    windows = sliding_window_view(padded, kernel, axis=-1)  # [..., n_cells, kernel]
-    pooled = windows.max(axis=-1) if kind == "max" else windows.mean(axis=-1, dtype=np.float64)
-    return np.asarray(pooled, np.float32)
+    half, n = kernel // 2, x.shape[-1]
+    padded = np.pad(x.astype(np.float64), [(0, 0)] * (x.ndim - 1) + [(half, half)])
+    pooled = padded[..., :n].copy()
+    combine = np.maximum if kind == "max" else np.add
+    # Shifted copies: several times faster than a reduction over windows.
+    for i in range(1, kernel):
+        shifted = padded[..., i : i + n]
+        combine(pooled, shifted, out=pooled)
+    return np.asarray(pooled if kind == "max" else pooled / kernel, np.float32)
 
 
 def group_mean(x: NDArray[Any], n_head_kv: int) -> NDArray[Any]:
