@@ -89,9 +89,9 @@ class StreamingLlama(llama_cpp.Llama):
         n_chunk = self._chunk_size(cache, len(question))
         done = 0
         while done < len(tokens):
-            chunk = list(tokens[done : done + n_chunk])
             with deferred_interrupt():
-                self._make_room(cache, len(chunk), question)
+                n_free = self._make_room(cache, min(n_chunk, len(tokens) - done), question)
+                chunk = list(tokens[done : done + min(n_chunk, n_free)])
                 self._decode_chunk(chunk)
             done += len(chunk)
             if progress is not None:
@@ -138,10 +138,17 @@ class StreamingLlama(llama_cpp.Llama):
             )
         return min(self.n_batch, free - n_question)
 
-    def _make_room(self, cache: CompactCache, n_new: int, question: list[int]) -> None:
-        info = cache.kv.info()
-        if n_new + len(question) > info.n_free:
+    def _make_room(self, cache: CompactCache, n_new: int, question: list[int]) -> int:
+        """Free cells for new tokens, ``n_new`` if that can be.
+
+        Evicts only when a good part of ``n_new`` does not fit: the fuller the cache, the more a
+        policy sees at once, and the less often it has to look.
+        """
+        n_free = cache.kv.info().n_free - len(question)
+        if n_free < n_new and n_free < self.n_batch // 4:
             self._evict(cache, question)
+            n_free = cache.kv.info().n_free - len(question)
+        return n_free
 
     def _settle(self, cache: CompactCache, question: list[int]) -> None:
         """After a prompt: back to the budget, unless only a little is over."""

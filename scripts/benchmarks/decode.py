@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=7900, help="logical length")
     parser.add_argument("--budget", type=int, default=1024, help="cells")
     parser.add_argument("--policy", default="capkv")
+    parser.add_argument("--allocation", default=None, help="default: what suits the policy")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6, help="decode rounds of each session")
     parser.add_argument("--decode", type=int, default=16, help="tokens per round")
@@ -78,7 +79,14 @@ def main() -> None:
     n_ctx = args.tokens + n_new
     full = Llama(model, kv_policy=None, n_ctx=n_ctx, **settings)
     short = Llama(model, kv_policy=None, n_ctx=args.budget + n_new, **settings)
-    ours = Llama(model, kv_policy=args.policy, kv_budget=args.budget, n_ctx=n_ctx, **settings)
+    ours = Llama(
+        model,
+        kv_policy=args.policy,
+        kv_budget=args.budget,
+        kv_allocation=args.allocation,
+        n_ctx=n_ctx,
+        **settings,
+    )
 
     tokens = long_text(full, args.tokens)
     t_ours, t_full = prefill_in_turns(ours, full, tokens)
@@ -97,6 +105,7 @@ def main() -> None:
     result = {
         "model": Path(model).name,
         "policy": args.policy,
+        "allocation": stats.allocation,
         "tokens": args.tokens,
         "budget": args.budget,
         "threads": args.threads,
@@ -119,7 +128,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(result))
         return
-    print(f"{result['model']}, {args.threads} threads, policy {args.policy}")
+    policy = f"{args.policy}, {stats.allocation}"
+    print(f"{result['model']}, {args.threads} threads, policy {policy}")
     print(f"{args.tokens} tokens, {args.budget} cells; ratios from one run, taking turns\n")
     rows = [
         (
