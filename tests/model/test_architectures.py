@@ -25,9 +25,10 @@ from capkv_local import (
     native,
     reference,
 )
+from capkv_local.allocate import ALLOCATORS
 from capkv_local.native import Stat
 from capkv_local.native import cache_type as cache_type_number
-from capkv_local.policies import get_policy
+from capkv_local.policies import get_policy, policy_names
 from tests.model import oracle, tiny
 
 Array = np.ndarray[Any, Any]
@@ -306,6 +307,28 @@ def test_attention_of_queries_older_than_every_cell(make: Make, load: Load) -> N
     assert np.isfinite(kv.score(Stat.ATTN_MEAN, n_cells=10)).all()
 
 
+@pytest.mark.parametrize("allocation", list(ALLOCATORS))
+@pytest.mark.parametrize("policy", [name for name in policy_names() if name != "full"])
+def test_every_policy_with_every_allocation(
+    make: Make, load: Load, policy: str, allocation: str
+) -> None:
+    path = make(tiny.llama, n_layer=3, n_head=6, n_head_kv=3)
+    llama = load(path, kv_policy=policy, kv_allocation=allocation, **SMALL)
+    for i in range(0, 1000, 250):  # each round starts from heads of unequal length
+        llama.prefill(TOKENS[i : i + 250])
+        info = llama._cache.kv.info()
+        positions = llama.kv_positions()
+        held = positions >= 0
+        assert held.sum() == info.n_rows and info.n_held <= 64 + 32
+        assert (np.diff(held.astype(int), axis=-1) >= 0).all()  # the last cells
+        assert ((np.diff(positions, axis=-1) > 0) | ~held[..., :-1]).all()
+        for head in positions.reshape(9, -1):
+            assert head[head >= 0][:4].tolist() == [0, 1, 2, 3]
+            assert head[-32:].tolist() == list(range(i + 250 - 32, i + 250))
+    assert llama.kv_stats().evictions >= 4
+    assert np.isfinite(one_by_one(llama, TOKENS[1000:1010])).all()
+
+
 # -- sliding windows -----------------------------------------------------------------------------
 
 F32_CACHE = {"type_k": cache_type_number("f32"), "type_v": cache_type_number("f32")}
@@ -356,7 +379,7 @@ def test_state_of_a_compacted_cache_with_sliding_windows(make: Make, load: Load)
     llama.load_state(state)
     assert np.array_equal(one_by_one(llama, TOKENS[500:520]), got)
     llama.prefill(TOKENS[520:900])
-    assert llama.kv_stats().n_cells == 64
+    assert 64 <= llama.kv_stats().n_cells <= 64 + 32  # half of the room may stay in use
 
 
 def test_a_refused_removal_leaves_the_sliding_windows_alone(make: Make, load: Load) -> None:

@@ -38,7 +38,7 @@ class FakeChat:
         if keywords.get("model") == Path("broken.gguf"):
             raise ZeroDivisionError("oops")
         self.llama = types.SimpleNamespace(model_path="/models/small.gguf")
-        self.policy, self.budget = "capkv", 2048
+        self.policy, self.budget, self.allocation = "capkv", 2048, "global"
 
     @classmethod
     def load(cls, path: Path, **keywords: Any) -> FakeChat:
@@ -76,10 +76,13 @@ class FakeChat:
             raise PolicyError(f"there is no policy {name!r}; did you mean 'knorm'?")
         self.policy = name
 
+    def set_allocation(self, name: str) -> None:
+        self.allocation = name
+
     def stats(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(
             policy=self.policy,
-            allocation="global",
+            allocation=self.allocation,
             budget=self.budget,
             n_tokens=1000,
             n_cells=64,
@@ -242,12 +245,13 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
     assert fake.calls[0] == ("open", {"verbose": False})  # defaults are DocumentChat's
     fake.calls.clear()
     options = "--model m.gguf --policy knorm --budget 25% --n-ctx 999 --threads 3 --gpu-layers -1"
-    more = "--type-k Q8_0 --type-v f16 --seed 7 -v"
+    more = "--type-k Q8_0 --type-v f16 --seed 7 --allocation uniform -v"
     run("ask", TXT, "why?", *options.split(), *more.split())
     expected = {
         "model": Path("m.gguf"),
         "kv_policy": "knorm",
         "kv_budget": "25%",
+        "kv_allocation": "uniform",
         "n_ctx": 999,
         "n_threads": 3,
         "n_gpu_layers": -1,
@@ -347,12 +351,15 @@ def test_chat_ctrl_c_stops_the_answer_only(fake: type[FakeChat], run: Run) -> No
 
 def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
     target = tmp_path / "my session"
-    lines = ["/stats", "/budget 64", "/policy knorm", f"/save {target}", "/help", "/quit", "why?"]
+    lines = ["/stats", "/budget 64", "/policy knorm", "/allocation uniform", f"/save {target}"]
+    lines += ["/help", "/quit", "why?"]
     result = run("chat", TXT, stdin="\n".join(lines))
     assert result.exit_code == 0
     assert "KV memory    64.0 KiB, 94% less than the 1000.0 KiB without eviction" in result.stdout
     assert "evictions    3 (936 cells evicted)" in result.stdout
-    assert "budget: 64 cells" in result.stdout
+    assert "64 of 576 per head (30 to 120)" in result.stdout
+    assert "budget: 64 cells per head, global" in result.stdout
+    assert "allocation: uniform" in result.stdout
     assert "policy: knorm" in result.stdout
     saved = tmp_path / "my session.capkv"  # the ending is added: chat knows sessions by it
     assert saved.read_bytes() == b"session"
