@@ -30,10 +30,59 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capkv_local.errors import BudgetError
-from capkv_local.select import Mask, Scores, check_scores, top_cells
+from capkv_local.select import Counts, Mask, Scores, check_scores, top_cells
 
 I64 = NDArray[np.int64]
 Allocator: TypeAlias = Callable[[Scores, Mask, int, int], I64]
+
+
+def share_out(
+    name: str,
+    scores: Scores,
+    contested: Mask,
+    n_always: Counts,
+    pools: Counts,
+    budget: int,
+    floor: float,
+) -> I64:
+    """Cells that each head keeps, of a budget that every pool of rows has for its own heads.
+
+    Rows cannot move between devices: an allocation compares the heads of one pool.
+
+    Parameters
+    ----------
+    name
+        Of :data:`ALLOCATORS`.
+    scores, contested
+        As for an allocator, [n_layer, n_head_kv, n_cells].
+    n_always
+        int [n_layer, n_head_kv], cells that are kept in any case: sinks and recent window.
+    pools
+        int [n_layer], the pool of each layer.
+    budget
+        Cells per head, on average, those of `n_always` among them.
+    floor
+        Share of an equal part of the contested cells that every head keeps at least.
+
+    Returns
+    -------
+    int64 [n_layer, n_head_kv]
+
+    Raises
+    ------
+    BudgetError
+        Unknown name, or a budget below `n_always`.
+    """
+    allocate = get_allocator(name)
+    counts = np.array(n_always, dtype=np.int64)
+    for pool in np.unique(pools):
+        layers = pools == pool
+        n_heads = n_always[layers].size
+        total = budget * n_heads - int(n_always[layers].sum())
+        least = int(floor * total / n_heads)
+        counts[layers] += allocate(scores[layers], contested[layers], total, least)
+    return counts
+
 
 PYRAMID_BETA = 20
 """Mean budget over the last layer's: the default of PyramidKV and of kvpress."""

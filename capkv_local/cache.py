@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from capkv_local.allocate import get_allocator
+from capkv_local.allocate import share_out
 from capkv_local.errors import BudgetError, PolicyError
 from capkv_local.native import F32, I32, KVCache, Mask, Stat
 from capkv_local.policies import Policy
@@ -234,10 +234,9 @@ class CompactCache:
         ends = {"n_sinks": self.policy.n_sinks, "n_recent": self.policy.n_recent}
         open_ = contested(held, **ends)
         n_always = (held & ~open_).sum(axis=-1)  # sinks and recent cells, [n_layer, n_head_kv]
-        total = self.budget * n_always.size - int(n_always.sum())
-        floor = int(FLOOR * total / n_always.size)
-        counts = get_allocator(self.allocation)(scores, open_, total, floor)
-        return keep_mask(scores, held, counts + n_always, **ends)
+        pools = self.kv.pools()
+        counts = share_out(self.allocation, scores, open_, n_always, pools, self.budget, FLOOR)
+        return keep_mask(scores, held, counts, **ends)
 
     def apply(self, keep: Mask, carry: F32 | None) -> None:
         """Evict all cells but ``keep``; ``carry`` moves with them."""

@@ -141,6 +141,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t],
     ),
+    "llama_memory_evict_pools": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t],
+    ),
     "llama_memory_evict_resize": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_uint32]),
     "llama_memory_evict_set_n_ctx": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_uint32]),
     "llama_memory_observe": (ctypes.c_int32, [ctypes.c_void_p, _ObserveParams]),
@@ -261,6 +265,13 @@ class KVCache:
         out = np.empty((info.n_layer, info.n_head_kv, info.n_cells), dtype=np.int32)
         status = self._f["llama_memory_evict_positions"](self._ctx, out.ctypes.data, out.size)
         _check(status, "read the positions of the KV cells")
+        return out
+
+    def pools(self) -> I32:
+        """Pool of rows of every layer, ``[n_layer]``: one for each device."""
+        out = np.empty(self.info().n_layer, dtype=np.int32)
+        status = self._f["llama_memory_evict_pools"](self._ctx, out.ctypes.data, out.size)
+        _check(status, "read where the KV cells lie")
         return out
 
     def held_range(self) -> tuple[int, int]:

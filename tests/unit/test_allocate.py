@@ -19,6 +19,7 @@ from capkv_local.allocate import (
     get_allocator,
     global_,
     pyramid,
+    share_out,
     uniform,
 )
 from capkv_local.errors import BudgetError, PolicyError
@@ -465,3 +466,29 @@ def test_names() -> None:
 def test_unknown_names(name: str, says: str) -> None:
     with pytest.raises(BudgetError, match=says):
         get_allocator(name)
+
+
+# --- pools ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(ALLOCATORS))
+def test_every_pool_keeps_to_its_own_budget(name: str) -> None:
+    """Rows cannot move between devices, however much more the heads of one of them want."""
+    rng = np.random.default_rng(3)
+    scores = rng.random((5, 2, 200)).astype(np.float32)
+    scores[1] *= 100
+    pools = np.array([1, 0, 1, 0, 0])
+    contested = np.ones(scores.shape, bool)
+    contested[..., :4] = contested[..., -32:] = False
+    n_always = np.full((5, 2), 36)
+    counts = share_out(name, scores, contested, n_always, pools, 80, 0.2)
+    for pool in (0, 1):
+        layers = pools == pool
+        assert counts[layers].sum() == 80 * counts[layers].size
+        alone = share_out(
+            name, scores[layers], contested[layers], n_always[layers], pools[layers], 80, 0.2
+        )
+        assert (counts[layers] == alone).all()
+    assert counts.min() >= 36 + int(0.2 * 44)
+    if name == "global":
+        assert counts[1].min() > 80 > counts[0].mean() - 1
