@@ -264,7 +264,7 @@ class CompactCache:
         c = self.counters
         return KVCacheStats(
             policy=self.policy.name,
-            allocation=self.allocation,
+            allocation=self.allocation if self.evicts else None,
             budget=self.budget,
             n_tokens=n_tokens,
             n_cells=info.n_held,
