@@ -149,10 +149,14 @@ def test_window_attention(case: Case, stat: Stat, reduce: Any, per_head: bool) -
             n_queries: int = n_queries,
             masks: np.ndarray[Any, Any] = masks,
         ) -> np.ndarray[Any, Any]:
+            # A query that is older than all that a head holds sees nothing and does not count.
+            first = max(n - n_queries, int(masks[layer, head, cells].min(initial=n)))
+            if first == n:
+                return np.zeros((1, len(case.q[0, heads]) if per_head else 1, 0))
             return reference.window_attention(
-                case.q[layer, heads, n - n_queries :],
+                case.q[layer, heads, first:],
                 case.k[layer, head, cells],
-                np.arange(n - n_queries, n),
+                np.arange(first, n),
                 masks[layer, head, cells],
                 case.k.shape[-1] ** -0.5,
                 reduce,
