@@ -20,7 +20,6 @@ every tie has a rule.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -29,7 +28,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from capkv_local.errors import BudgetError
+from capkv_local.errors import BudgetError, unknown_name
 from capkv_local.select import Counts, Mask, Scores, check_scores, top_cells
 
 I64 = NDArray[np.int64]
@@ -233,9 +232,7 @@ def get_allocator(name: str) -> Allocator:
     """
     if name in ALLOCATORS:
         return ALLOCATORS[name]
-    near = difflib.get_close_matches(name.lower().replace("_", "-"), ALLOCATORS, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise BudgetError(f"Unknown allocation '{name}': {hint}There are {', '.join(ALLOCATORS)}.")
+    raise BudgetError(unknown_name("allocation", name, ALLOCATORS))
 
 
 def _checked(scores: Any, contested: Any, total: int, floor: int) -> tuple[I64, int]:

@@ -268,7 +268,7 @@ class CompactCache:
             budget=self.budget,
             n_tokens=n_tokens,
             n_cells=info.n_held,
-            n_cells_max=info.n_rows_max // info.n_heads,
+            n_cells_max=info.n_allocated,
             n_cells_range=self.kv.held_range(),
             kv_bytes=info.n_bytes_kv + info.n_bytes_other,
             kv_bytes_full=info.n_bytes_cell * n_ctx + info.n_bytes_other,

@@ -7,6 +7,9 @@ handlers keep working.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CapKVError(Exception):
     """Base of all errors of this package."""
@@ -50,3 +53,11 @@ class StateError(CapKVError, RuntimeError):
 
 class DocumentError(CapKVError, ValueError):
     """A document that cannot be read as text."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Sentence for a name that nothing has: which was perhaps meant, and which there are."""
+    known = list(known)
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"Unknown {what} '{name}': {hint}There are {', '.join(known)}."

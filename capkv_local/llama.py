@@ -232,7 +232,7 @@ class Llama(StreamingLlama):
         _parse(cache.budget, self._n_ctx, cache.kv.info().n_bytes_cell, policy)
         with deferred_interrupt():
             n_cells = self._cells(policy, cache.budget)
-            if n_cells > self._n_allocated(cache):
+            if n_cells > cache.kv.info().n_allocated:
                 self._resize(cache, n_cells)
             cache.policy, cache.allocation = policy, allocation
             cache.forget()
@@ -249,12 +249,8 @@ class Llama(StreamingLlama):
         cache = self._require_cache()
         cache.allocation = _allocation(kv_allocation, cache.policy)
 
-    def _n_allocated(self, cache: CompactCache) -> int:
-        info = cache.kv.info()
-        return info.n_rows_max // info.n_heads
-
     def _resize(self, cache: CompactCache, n_cells: int) -> None:
-        if n_cells != self._n_allocated(cache):
+        if n_cells != cache.kv.info().n_allocated:
             cache.kv.resize(n_cells)
 
     # -- state ---------------------------------------------------------------------------------
@@ -309,9 +305,10 @@ class Llama(StreamingLlama):
             fits = native.set_state(self._ctx.ctx, state.llama_state)
             if not (fits and _in_order(cache.kv, state.n_tokens)):
                 native.set_state(self._ctx.ctx, before)
+                n_cells = cache.kv.info().n_allocated
                 raise StateError(
                     "the state does not fit: it is of another model, cache type or n_window, "
-                    f"holds more than {self._n_allocated(cache)} cells per head, or is damaged"
+                    f"holds more than {n_cells} cells per head, or is damaged"
                 )
             self.n_tokens = state.n_tokens
             self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]

@@ -127,6 +127,11 @@ class Info:
         return -(-self.n_rows // self.n_heads)
 
     @property
+    def n_allocated(self) -> int:
+        """Cells that are allocated for each head, on average over all heads."""
+        return self.n_rows_max // self.n_heads
+
+    @property
     def n_free(self) -> int:
         """Tokens that can be appended before rows have to be given up."""
         return self.n_cells_max - self.n_cells

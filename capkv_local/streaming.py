@@ -125,7 +125,7 @@ class StreamingLlama(llama_cpp.Llama):
         """Tokens to decode between evictions that leave cells for the question."""
         info = cache.kv.info()
         never_full = not cache.evicts or cache.budget >= self._n_ctx
-        free = info.n_rows_max // info.n_heads - (0 if never_full else cache.budget)
+        free = info.n_allocated - (0 if never_full else cache.budget)
         longest = free - 1
         if self._window_cells():
             # In one piece, a question takes only cells that no window needs any more.

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,23 +183,25 @@ def _budget(session: DocumentChat, argument: str) -> None:
 
 
 def _policy(session: DocumentChat, argument: str) -> None:
+    from capkv_local.policies import policy_names
+
     if argument:
         session.set_policy(argument)
-    click.echo(f"policy: {session.stats().policy}")
-    if not argument:
-        from capkv_local.policies import policy_names
-
-        click.echo(f"known: {', '.join(policy_names())}")
+    _show_choice("policy", session.stats().policy, [] if argument else policy_names())
 
 
 def _allocation(session: DocumentChat, argument: str) -> None:
+    from capkv_local.allocate import ALLOCATORS
+
     if argument:
         session.set_allocation(argument)
-    click.echo(f"allocation: {session.stats().allocation}")
-    if not argument:
-        from capkv_local.allocate import ALLOCATORS
+    _show_choice("allocation", session.stats().allocation, [] if argument else ALLOCATORS)
 
-        click.echo(f"known: {', '.join(ALLOCATORS)}")
+
+def _show_choice(label: str, chosen: str | None, known: Iterable[str]) -> None:
+    click.echo(f"{label}: {chosen or 'none'}")
+    if names := ", ".join(known):
+        click.echo(f"known: {names}")
 
 
 def _save(session: DocumentChat, argument: str) -> None:

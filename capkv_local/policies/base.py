@@ -9,13 +9,12 @@ package: nothing else has to change.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capkv_local.errors import PolicyError
+from capkv_local.errors import PolicyError, unknown_name
 
 F32 = NDArray[np.float32]
 Reduce = Literal["mean", "max", "second_moment"]
@@ -260,9 +259,7 @@ def _find(name: str) -> type[Policy]:
     if name in _POLICIES:
         found: type[Policy] = _POLICIES[name]
         return found
-    near = difflib.get_close_matches(name.lower().replace("_", "-"), _POLICIES, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise PolicyError(f"Unknown policy '{name}': {hint}There are {', '.join(policy_names())}.")
+    raise PolicyError(unknown_name("policy", name, policy_names()))
 
 
 def _check_fields(name: str, cls: type, params: dict[str, Any]) -> None:
@@ -327,11 +324,11 @@ def window_mask(stats: KVStats) -> NDArray[np.bool_]:
     return mask
 
 
-def sink_cells(stats: KVStats, n_sinks: int) -> NDArray[np.bool_]:
-    """First ``n_sinks`` cells that each head holds, [n_layer, n_head_kv, n_cells]."""
-    held = stats.positions >= 0
-    sinks: NDArray[np.bool_] = held & (np.cumsum(held, axis=-1, dtype=np.int32) <= n_sinks)
-    return sinks
+def exp_below_peak(x: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
+    """``exp(x - max)`` along the cells in `mask`, 0 outside: a softmax before it is normalised."""
+    x = np.where(mask, x, -np.inf)
+    out: NDArray[Any] = np.exp(x - x.max(axis=-1, keepdims=True))
+    return out
 
 
 def above_all(scores: NDArray[Any], cells: NDArray[np.bool_] | slice) -> F32:

@@ -12,10 +12,11 @@ from capkv_local.policies.base import (
     BasePolicy,
     KVStats,
     above_all,
+    exp_below_peak,
     group_mean,
     register,
-    sink_cells,
 )
+from capkv_local.select import contested
 
 
 @register
@@ -81,13 +82,13 @@ class CapKVPaper(BasePolicy):
             return np.ones((stats.n_layer, stats.n_head_kv, stats.n_cells), np.float32)
         cosine = stats.anchor(kind="cosine", n_future=self.n_future)  # [n_layer, n_head, n_cells]
         logits = self.tau * np.clip(cosine.astype(np.float64), -1.0, 1.0)
-        sinks = sink_cells(stats, self.n_sinks)
-        outside = np.repeat(sinks | (stats.positions < 0), stats.n_head // stats.n_head_kv, axis=1)
-        logits[outside] = -np.inf
-        w = np.exp(logits - logits.max(axis=-1, keepdims=True))  # 0 for sinks and absent cells
-        inside = np.where(np.isneginf(logits), 0.0, w + self.epsilon).astype(np.float32)
+        held = stats.positions >= 0
+        behind = contested(held, n_sinks=self.n_sinks, n_recent=0)
+        behind_heads = np.repeat(behind, stats.n_head // stats.n_head_kv, axis=1)
+        w = exp_below_peak(logits, behind_heads)  # 0 for sinks and absent cells
+        inside = np.where(behind_heads, w + self.epsilon, 0.0).astype(np.float32)
         leverage = stats.leverage("value", inside, self.noise).astype(np.float64)
         mean_w = group_mean(w, stats.n_head_kv)
         # A cell that every head weighs 0 (a large tau underflows) has no relevance at all.
         factor = mean_w / np.maximum(mean_w + self.epsilon, np.finfo(np.float64).tiny)
-        return above_all(leverage * factor, sinks)
+        return above_all(leverage * factor, held & ~behind)

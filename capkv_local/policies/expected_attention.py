@@ -12,10 +12,11 @@ from capkv_local.policies.base import (
     BasePolicy,
     KVStats,
     above_all,
+    exp_below_peak,
     group_mean,
     register,
-    sink_cells,
 )
+from capkv_local.select import contested
 
 
 @register
@@ -67,12 +68,12 @@ class ExpectedAttention(BasePolicy):
         if stats.n_cells <= self.n_sinks:
             return np.ones((stats.n_layer, stats.n_head_kv, stats.n_cells), np.float32)
         logits = stats.anchor(kind="dot", n_future=self.n_future).astype(np.float64)
-        sinks = sink_cells(stats, self.n_sinks)
-        outside = np.repeat(sinks | (stats.positions < 0), stats.n_head // stats.n_head_kv, axis=1)
-        logits[outside] = -np.inf
-        attention = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        held = stats.positions >= 0
+        behind = contested(held, n_sinks=self.n_sinks, n_recent=0)
+        behind_heads = np.repeat(behind, stats.n_head // stats.n_head_kv, axis=1)
+        attention = exp_below_peak(logits, behind_heads)
         attention /= attention.sum(axis=-1, keepdims=True)  # [n_layer, n_head, n_cells]
         score = group_mean(attention, stats.n_head_kv) + self.epsilon
         if self.value_norm:
             score = score * stats.value_norm()
-        return above_all(score, sinks)
+        return above_all(score, held & ~behind)

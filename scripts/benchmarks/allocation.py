@@ -9,7 +9,6 @@ the same queries.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections import defaultdict
@@ -76,7 +75,7 @@ class Bench:
             model,
             n_ctx=n_ctx,
             # Never full while it reads: every eviction is one of ours.
-            kv_policy=dataclasses.replace(get_policy("snapkv"), n_window=N_WINDOW),
+            kv_policy=get_policy("snapkv", n_window=N_WINDOW),
             kv_budget=n_ctx,
             n_threads=threads,
             n_threads_batch=threads,

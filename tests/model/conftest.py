@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from capkv_local import Llama
@@ -17,6 +18,14 @@ TEXT = Path(__file__).parent.parent / "data" / "licence.txt"
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     return default_model()
+
+
+def decode(llama: Any, tokens: Sequence[int], n_past: int) -> np.ndarray[Any, Any]:
+    """Decode at once, past the loop that evicts; logits of every token, ``[n, n_vocab]``."""
+    llama._batch.set_batch(batch=tokens, n_past=n_past, logits_all=True)
+    llama._ctx.decode(llama._batch)
+    logits = np.ctypeslib.as_array(llama._ctx.get_logits(), (len(tokens), llama.n_vocab()))
+    return logits.astype(np.float64)
 
 
 class Models:

@@ -16,6 +16,7 @@ import numpy as np
 
 I32 = np.ndarray[Any, np.dtype[np.int32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass
@@ -88,7 +89,7 @@ def evict(state: SequenceState, keep: I32) -> SequenceState:
     )
 
 
-def as_mask(keep: I32, n_cells: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def as_mask(keep: I32, n_cells: int) -> Mask:
     """Keep lists ``[n_layer, n_head_kv, n]`` as a mask ``[n_layer, n_head_kv, n_cells]``."""
     mask = np.zeros((*keep.shape[:2], n_cells), np.bool_)
     np.put_along_axis(mask, keep, True, axis=-1)
@@ -96,13 +97,23 @@ def as_mask(keep: I32, n_cells: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def random_mask(
-    rng: np.random.Generator, held: np.ndarray[Any, np.dtype[np.bool_]]
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Random held cells, another number in every head, the last cell always among them."""
-    share = rng.uniform(0.1, 1.0, (*held.shape[:2], 1))
-    mask = held & (rng.random(held.shape) < share)
-    mask[..., -1] = True
-    return mask
+    rng: np.random.Generator, held: Mask, counts: np.ndarray[Any, Any] | None = None
+) -> Mask:
+    """Some of the tokens that are held, the last one of each head among them.
+
+    ``counts[n_layer, n_head_kv]`` of them; without, any number from 1 to all, its own in each head.
+    """
+    keep = np.zeros_like(held)
+    for head in np.ndindex(*held.shape[:2]):
+        tokens = np.flatnonzero(held[head])
+        n = len(tokens)
+        if counts is not None:
+            n = min(n, int(counts[head]))
+        elif (case := rng.random()) < 0.9:
+            n = 1 if case < 0.1 else int(rng.integers(1, n + 1))
+        keep[head][rng.choice(tokens[:-1], n - 1, replace=False)] = True
+        keep[head][tokens[-1]] = True
+    return keep
 
 
 def random_keep(rng: np.random.Generator, shape: tuple[int, int], n_cells: int, n: int) -> I32:

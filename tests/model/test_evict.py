@@ -10,19 +10,14 @@ import pytest
 from capkv_local import NativeError
 from capkv_local.native import cache_type as cache_type_number
 from tests.model import oracle
-from tests.model.conftest import Models
+from tests.model.conftest import Models, decode
 
 N_PROMPT, N_KEEP, N_NEXT = 300, 120, 24
 
 
 def next_logits(llama: Any, tokens: list[int], start: int) -> np.ndarray[Any, Any]:
     """Logits of the tokens behind ``start``, one decode each, ``[n, n_vocab]``."""
-    rows = []
-    for i, token in enumerate(tokens):
-        llama._batch.set_batch(batch=[token], n_past=start + i, logits_all=False)
-        llama._ctx.decode(llama._batch)
-        rows.append(np.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),)).copy())
-    return np.array(rows)
+    return np.concatenate([decode(llama, [token], start + i) for i, token in enumerate(tokens)])
 
 
 def test_wrong_masks_are_refused_and_change_nothing(models: Models, tokens: list[int]) -> None:

@@ -9,7 +9,9 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from capkv_local.native import cache_type
 from tests.model import tiny
+from tests.model.conftest import decode
 from tests.model.float64 import (
     F64,
     N_TILE,
@@ -23,7 +25,6 @@ from tests.model.float64 import (
 TOKENS: list[int] = np.random.default_rng(0).integers(0, tiny.N_VOCAB, 400).tolist()
 # Both of the kernel's paths, and 216 cells in the end.
 CHUNKS = [N_TILE, 30, 1, 1, 1, 13, 1, 1, 40, N_TILE]
-GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 HEADS = [(4, 2), (2, 2), (4, 1), (6, 3)]
 
 
@@ -33,7 +34,7 @@ def model(folder: Path, **options: Any) -> Path:
 
 def stock_logits(path: Path, kv_type: str) -> list[F64]:
     """Logits of every token, ``[n, n_vocab]`` for each of :data:`CHUNKS`."""
-    kind = GGML_TYPES[kv_type]
+    kind = cache_type(kv_type)
     llama = llama_cpp.Llama(
         str(path),
         n_ctx=256,
@@ -47,11 +48,8 @@ def stock_logits(path: Path, kv_type: str) -> list[F64]:
     )
     out, n_past = [], 0
     for n in CHUNKS:
-        llama._batch.set_batch(batch=TOKENS[n_past : n_past + n], n_past=n_past, logits_all=True)
-        llama._ctx.decode(llama._batch)
+        out.append(decode(llama, TOKENS[n_past : n_past + n], n_past))
         n_past += n
-        logits = np.ctypeslib.as_array(llama._ctx.get_logits(), (n * tiny.N_VOCAB,))
-        out.append(logits.reshape(n, tiny.N_VOCAB).astype(np.float64))
     llama.close()
     return out
 

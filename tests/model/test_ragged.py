@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from capkv_local import Llama, NativeError, StateError
 from capkv_local.native import cache_type as cache_type_number
 from capkv_local.policies import get_policy
-from tests.model import tiny
+from tests.model import oracle, tiny
+from tests.model.conftest import decode
 from tests.model.float64 import F64, N_TILE, TOLERANCE, Float64Llama, Mask, relative_error
 
 Paths = Callable[..., Path]
@@ -160,16 +161,6 @@ class Pair:
         self.llama.n_tokens = n_tokens
 
 
-def decode(llama: Any, tokens: Sequence[int], n_past: int) -> F64:
-    """Logits of every token, ``[n, n_vocab]``."""
-    llama._batch.set_batch(batch=tokens, n_past=n_past, logits_all=True)
-    llama._ctx.decode(llama._batch)
-    n = len(tokens)
-    out = np.ctypeslib.as_array(llama._ctx.get_logits(), (n * tiny.N_VOCAB,))
-    logits: F64 = out.reshape(n, tiny.N_VOCAB).astype(np.float64)
-    return logits
-
-
 def chunks(tokens: list[int]) -> list[list[int]]:
     """As many at once as llama.cpp decodes at once."""
     return [tokens[i : i + N_TILE] for i in range(0, len(tokens), N_TILE)]
@@ -178,26 +169,6 @@ def chunks(tokens: list[int]) -> list[list[int]]:
 def as_cells(keep_tokens: Mask, positions: np.ndarray[Any, Any]) -> Mask:
     """``[n_layer, n_head_kv, n_cells]`` of ``[n_layer, n_head_kv, n_tokens]``."""
     keep: Mask = np.take_along_axis(keep_tokens, positions.clip(0), axis=-1) & (positions >= 0)
-    return keep
-
-
-def random_keep(
-    rng: np.random.Generator, held: Mask, counts: np.ndarray[Any, Any] | None = None
-) -> Mask:
-    """Some of the tokens that are held, the last one of each head among them.
-
-    ``counts[n_layer, n_head_kv]`` of them; without, any number from 1 to all, its own in each head.
-    """
-    keep = np.zeros_like(held)
-    for head in np.ndindex(*held.shape[:2]):
-        tokens = np.flatnonzero(held[head])
-        n = len(tokens)
-        if counts is not None:
-            n = min(n, int(counts[head]))
-        elif (case := rng.random()) < 0.9:
-            n = 1 if case < 0.1 else int(rng.integers(1, n + 1))
-        keep[head][rng.choice(tokens[:-1], n - 1, replace=False)] = True
-        keep[head][tokens[-1]] = True
     return keep
 
 
@@ -251,7 +222,7 @@ def test_logits_are_those_of_masked_cells(
         for tokens in chunks(both.take(n_prompt)):
             both.append(tokens)
         for n_new in (1, 1, 7):
-            both.evict(random_keep(rng, both.oracle.held))
+            both.evict(oracle.random_mask(rng, both.oracle.held))
             both.check_cells()
             got, expected = both.append(both.take(n_new))
             assert relative_error(got, expected) < TOLERANCE[kind]
@@ -294,7 +265,7 @@ def test_no_row_is_lost_or_doubled(
         elif name == "append too many" and pair.room < N_TILE:
             refused(pair, pair.room + 1)
         elif name == "evict" and n_tokens > 0:
-            pair.evict(random_keep(np.random.default_rng(number), pair.oracle.held))
+            pair.evict(oracle.random_mask(np.random.default_rng(number), pair.oracle.held))
         elif name == "go back" and n_tokens > 0:
             pair.go_back(max(0, n_tokens - 1 - number % 30))
         elif name == "go back to the evicted" and n_tokens > 0:
@@ -327,7 +298,7 @@ def refused(pair: Pair, n_tokens: int) -> None:
 def test_memory_is_the_rows(path: Paths, head_dim: int, kind: str) -> None:
     with Pair(path(head_dim=head_dim), kind) as both:
         both.append(both.take(60))
-        both.evict(random_keep(np.random.default_rng(1), both.oracle.held))
+        both.evict(oracle.random_mask(np.random.default_rng(1), both.oracle.held))
         both.check_cells()
         info = both.kv.info()
         # One row is K and V of one head of one layer.
@@ -346,14 +317,14 @@ def test_freed_rows_take_new_tokens(pair: Pair, data: st.DataObject, seed: int) 
     for largest in data.draw(st.lists(st.sampled_from([1, 8, 100]), min_size=1, max_size=3)):
         counts = rng.integers(1, largest + 1, shape)
         counts[tuple(rng.integers(shape))] = largest
-        pair.evict(random_keep(rng, pair.oracle.held, counts))
+        pair.evict(oracle.random_mask(rng, pair.oracle.held, counts))
         pair.check_cells()
         info = pair.kv.info()
         assert info.n_cells == largest
         assert info.n_rows == counts.sum()
         fill(pair)
     # There is no room left, but what is held can still be given up.
-    pair.evict(random_keep(rng, pair.oracle.held, np.full(shape, 50)))
+    pair.evict(oracle.random_mask(rng, pair.oracle.held, np.full(shape, 50)))
     pair.check_rows()
 
 
@@ -382,7 +353,7 @@ def test_wrong_masks_are_refused_and_change_nothing(
     pair.clear()
     pair.append(pair.take(50))
     counts = np.array([[50, 10], [20, 1]])
-    pair.evict(random_keep(np.random.default_rng(2), pair.oracle.held, counts))
+    pair.evict(oracle.random_mask(np.random.default_rng(2), pair.oracle.held, counts))
     before = pair.snapshot()
     keep = pair.kv.positions() >= 0
     with pytest.raises(NativeError):
@@ -405,9 +376,9 @@ def test_what_is_held_decides_and_not_how_it_came_about(
     with Pair(path(head_dim=64), kind) as both:
         prompt = both.take(n_prompt)
         following = [both.take(1), both.take(9), both.take(N_TILE)]
-        first = random_keep(rng, np.ones((*both.oracle.held.shape[:2], n_prompt), np.bool_))
-        second = random_keep(rng, first)
-        last = random_keep(rng, second)
+        first = oracle.random_mask(rng, np.ones((*both.oracle.held.shape[:2], n_prompt), np.bool_))
+        second = oracle.random_mask(rng, first)
+        last = oracle.random_mask(rng, second)
         logits = []
         for evictions in ([last], [second, last], [first, second, last]):
             both.clear()
