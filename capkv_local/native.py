@@ -34,7 +34,7 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
-ABI = 2
+ABI = 3
 
 # llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
 _OK = 0
@@ -87,6 +87,7 @@ class _ScoreParams(ctypes.Structure):
         ("stat", ctypes.c_int),
         ("n_cells", ctypes.c_uint32),
         ("n_queries", ctypes.c_uint32),
+        ("n_stride", ctypes.c_uint32),
         ("per_head", ctypes.c_bool),
         ("n_future", ctypes.c_uint32),
         ("lambda_", ctypes.c_float),
@@ -330,6 +331,7 @@ class KVCache:
         *,
         n_cells: int,
         n_queries: int = 0,
+        stride: int = 1,
         per_head: bool = False,
         n_future: int = 0,
         noise: float = 0.0,
@@ -337,7 +339,8 @@ class KVCache:
     ) -> F32:
         """One statistic of the first ``n_cells`` cells, ``[n_layer, n_rows, n_cells]``.
 
-        0 in cells that a head does not hold. ``n_rows`` is ``n_head`` for the anchor and with
+        0 in cells that a head does not hold. With ``stride``, only the newest of the ``n_queries``
+        and every ``stride``-th before it observe. ``n_rows`` is ``n_head`` for the anchor and with
         ``per_head``, else ``n_head_kv``. ``weights`` is ``[n_layer, n_head_w, n_cells]`` with
         ``n_head_w`` a multiple of ``n_head_kv``.
         """
@@ -349,6 +352,7 @@ class KVCache:
             stat=int(stat),
             n_cells=n_cells,
             n_queries=n_queries,
+            n_stride=stride,
             per_head=per_head,
             n_future=n_future,
             lambda_=noise,

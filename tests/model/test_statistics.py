@@ -131,32 +131,37 @@ def test_window_attention(case: Case, stat: Stat, reduce: Any, per_head: bool) -
     assert case.session.info.n_head != case.session.info.n_head_kv
     assert case.session.kv.info().n_queries == N_WINDOW
     n = case.session.n_past
-    for n_cells, n_queries in (
-        (case.n_cells, N_WINDOW),
-        (case.n_cells, N_AFTER),  # all that are newer than the eviction
-        (case.n_cells, 7),
-        (case.n_cells, 1),
-        (case.n_cells - 20, N_WINDOW),
+    for n_cells, n_queries, stride in (
+        (case.n_cells, N_WINDOW, 1),
+        (case.n_cells, N_AFTER, 1),  # all that are newer than the eviction
+        (case.n_cells, 7, 1),
+        (case.n_cells, 1, 1),
+        (case.n_cells - 20, N_WINDOW, 1),
+        (case.n_cells, N_WINDOW, 3),
+        (case.n_cells, 7, 7),
     ):
-        got = case.session.kv.score(stat, n_cells=n_cells, n_queries=n_queries, per_head=per_head)
+        got = case.session.kv.score(
+            stat, n_cells=n_cells, n_queries=n_queries, stride=stride, per_head=per_head
+        )
         masks = case.masks(n_queries)
+        observing = np.arange(n - 1, n - 1 - n_queries, -stride)[::-1]
 
         def attention(
             layer: slice,
             head: slice,
             heads: slice,
             cells: slice,
-            n_queries: int = n_queries,
+            observing: np.ndarray[Any, Any] = observing,
             masks: np.ndarray[Any, Any] = masks,
         ) -> np.ndarray[Any, Any]:
             # A query that is older than all that a head holds sees nothing and does not count.
-            first = max(n - n_queries, int(masks[layer, head, cells].min(initial=n)))
-            if first == n:
+            seeing = observing[observing >= int(masks[layer, head, cells].min(initial=n))]
+            if not len(seeing):
                 return np.zeros((1, len(case.q[0, heads]) if per_head else 1, 0))
             return reference.window_attention(
-                case.q[layer, heads, first:],
+                case.q[layer, heads, seeing],
                 case.k[layer, head, cells],
-                np.arange(first, n),
+                seeing,
                 masks[layer, head, cells],
                 case.k.shape[-1] ** -0.5,
                 reduce,
