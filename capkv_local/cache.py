@@ -6,6 +6,7 @@ Knows budgets, policies and the native cache; knows nothing about tokens, prompt
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +21,9 @@ from capkv_local.select import contested, keep_mask
 # Share of a uniform budget that every head keeps whatever its scores say: heads that look idle
 # while a document is read may be the ones that a later question needs.
 FLOOR = 0.2
+
+# Computes the attention of a repetition on the first cells, see KVStats.probe_attention().
+Repeat = Callable[[Literal["mean", "max", "second_moment"]], F32]
 
 _ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
 
@@ -72,7 +76,14 @@ class NativeStats:
     """:class:`~capkv_local.policies.KVStats` of the first ``n_cells`` cells, fetched lazily."""
 
     def __init__(
-        self, kv: KVCache, *, n_cells: int, n_tokens: int, n_queries: int, carried: F32 | None
+        self,
+        kv: KVCache,
+        *,
+        n_cells: int,
+        n_tokens: int,
+        n_queries: int,
+        carried: F32 | None,
+        repeat: Repeat | None = None,
     ) -> None:
         info = kv.info()
         self._kv = kv
@@ -84,6 +95,7 @@ class NativeStats:
         self.n_queries = n_queries
         self.carried = carried
         self.carry_next: F32 | None = None
+        self._repeat = repeat
         self._positions: I32 | None = None
 
     @property
@@ -104,6 +116,11 @@ class NativeStats:
             n_queries=self.n_queries,
             per_head=per_query_head,
         )
+
+    def probe_attention(
+        self, *, reduce: Literal["mean", "max", "second_moment"] = "mean"
+    ) -> F32 | None:
+        return None if self._repeat is None else self._repeat(reduce)
 
     def anchor(self, *, kind: Literal["cosine", "dot"] = "cosine", n_future: int = 512) -> F32:
         stat = Stat.ANCHOR_COS if kind == "cosine" else Stat.ANCHOR_DOT
@@ -145,14 +162,18 @@ class CompactCache:
         Cells per head that are left after an eviction, on average over the heads of all layers.
     allocation
         How the heads share them, a name of :data:`capkv_local.allocate.ALLOCATORS`.
+    n_probe
+        Queries beside the policy's window that a repetition is observed with; 0: none.
     """
 
     kv: KVCache
     policy: Policy
     budget: int
     allocation: str
+    n_probe: int = 0
     counters: _Counters = field(default_factory=_Counters)
     carried: F32 | None = None  # [n_layer, n_head_kv, most cells kept by the last eviction]
+    n_repeated: int = 0  # tokens that were repeated for the policy
 
     def __post_init__(self) -> None:
         self.observe()
@@ -165,7 +186,7 @@ class CompactCache:
         """Have the queries observed that the policy needs; what was observed is forgotten."""
         needs = self.policy.needs
         self.kv.observe(
-            self.policy.n_window if "queries" in needs else 0,
+            (self.policy.n_window if "queries" in needs else 0) + self.n_probe,
             mean_query="mean_query" in needs,
             n_skip=self.policy.n_sinks,
         )
@@ -176,10 +197,11 @@ class CompactCache:
             self.kv.set_mean(not paused)
 
     def forget(self) -> None:
-        """The sequence starts anew."""
+        """The sequence, or the policy, starts anew."""
         self.carried = None
+        self.n_repeated = 0
 
-    def evict(self, *, n_tokens: int, n_cells: int) -> None:
+    def evict(self, *, n_tokens: int, n_cells: int, repeat: Repeat | None = None) -> None:
         """Keep ``budget`` of the first ``n_cells`` cells per head, on average.
 
         Parameters
@@ -188,6 +210,8 @@ class CompactCache:
             Logical tokens of the sequence in these cells.
         n_cells
             Cells that take part; all used cells when the keep lists are applied.
+        repeat
+            Where the policy finds the attention of a repetition.
 
         Raises
         ------
@@ -196,10 +220,12 @@ class CompactCache:
         PolicyError
             The policy returned unusable scores; the cache is as it was.
         """
-        keep, carry = self.choose(n_tokens=n_tokens, n_cells=n_cells)
+        keep, carry = self.choose(n_tokens=n_tokens, n_cells=n_cells, repeat=repeat)
         self.apply(keep, carry)
 
-    def choose(self, *, n_tokens: int, n_cells: int, n_queries: int = 0) -> tuple[Mask, F32 | None]:
+    def choose(
+        self, *, n_tokens: int, n_cells: int, n_queries: int = 0, repeat: Repeat | None = None
+    ) -> tuple[Mask, F32 | None]:
         """Cells to keep, ``[n_layer, n_head_kv, n_cells]``, and the relevance to carry with them.
 
         ``n_queries`` of the last queries observe, 0 for the policy's window.
@@ -216,6 +242,7 @@ class CompactCache:
             n_tokens=n_tokens,
             n_queries=n_queries or min(self.policy.n_window, self.kv.info().n_queries),
             carried=self._carried(n_cells),
+            repeat=repeat,
         )
         scores = self.policy.score(stats)
         if scores.shape != (stats.n_layer, stats.n_head_kv, n_cells):

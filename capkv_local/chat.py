@@ -17,7 +17,7 @@ from capkv_local import native
 from capkv_local.cache import KVCacheStats
 from capkv_local.documents import Document
 from capkv_local.errors import ContextOverflow, StateError
-from capkv_local.llama import Budget, CompactedState, Llama
+from capkv_local.llama import Budget, CompactedState, Llama, Observe
 from capkv_local.models import default_model, fingerprint
 from capkv_local.policies import get_policy
 from capkv_local.session import read_session, write_session
@@ -56,7 +56,7 @@ class DocumentChat:
     ----------
     model
         GGUF file; None for :func:`~capkv_local.models.default_model`.
-    kv_policy, kv_budget, kv_allocation, n_ctx
+    kv_policy, kv_budget, kv_allocation, kv_observe, probe_stride, n_ctx
         As :class:`~capkv_local.Llama`; ``n_ctx`` None is the context that the model was trained
         with.
     n_threads
@@ -83,6 +83,8 @@ class DocumentChat:
         kv_policy: str = "capkv",
         kv_budget: Budget | None = None,
         kv_allocation: str | None = None,
+        kv_observe: Observe = "tail",
+        probe_stride: int = 1,
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
@@ -99,6 +101,8 @@ class DocumentChat:
             kv_policy=get_policy(kv_policy),
             kv_budget=kv_budget,
             kv_allocation=kv_allocation,
+            kv_observe=kv_observe,
+            probe_stride=probe_stride,
             n_threads=threads,
             n_threads_batch=threads,
             n_gpu_layers=n_gpu_layers,
@@ -127,7 +131,7 @@ class DocumentChat:
         ----------
         question
             When it is known before reading, its tokens look at every chunk, so that the cells it
-            needs are kept (``observe="question"``).
+            needs are kept, besides what a probe finds.
         progress
             Called after each chunk.
 
@@ -162,7 +166,7 @@ class DocumentChat:
             else:
                 llama.prefill(
                     tokens,
-                    observe="question",
+                    observe="question" if llama.kv_observe == "tail" else "probe",
                     question=self._question_tokens(question),
                     progress=report,
                 )
@@ -271,6 +275,8 @@ class DocumentChat:
             "kv_policy": state.policy,
             "kv_budget": llama.kv_stats().budget,
             "kv_allocation": llama.kv_stats().allocation,
+            "kv_observe": llama.kv_observe,
+            "n_repeated": state.n_repeated,
             "n_ctx": llama.n_ctx(),
             "types": self._types,
             "seed": state.seed,
@@ -304,6 +310,12 @@ class DocumentChat:
         given = {"type_k": type_k, "type_v": type_v, "n_ctx": header["n_ctx"], **settings}
         budget, policy = given.pop("kv_budget", None), given.pop("kv_policy", None)
         allocation = given.pop("kv_allocation", None)
+        observe = header.get("kv_observe", "tail")
+        if given.setdefault("kv_observe", observe) != observe:
+            raise StateError(
+                f"{path} was saved with kv_observe='{observe}' and can only go on so: "
+                "leave --observe out, or read the documents again"
+            )
         model = given.pop("model", None) or header["model"]
         if not Path(model).exists():
             raise StateError(
@@ -326,6 +338,7 @@ class DocumentChat:
             seed=header["seed"],
         )
         state.policy, state.carried = header["kv_policy"], arrays.get("carried")
+        state.n_repeated = header.get("n_repeated", 0)
         chat.llama.load_state(state)
         chat._place, chat._pending = header["place"], list(header["pending"])
         if policy is not None and policy != header["kv_policy"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import llama_cpp
 import llama_cpp._internals as internals
@@ -23,15 +23,19 @@ from capkv_local.errors import (
     BudgetError,
     CapKVError,
     NativeError,
+    PolicyError,
     StateError,
     UnsupportedModel,
 )
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.models import check_model_file, load_errors
 from capkv_local.policies import Policy, get_policy
+from capkv_local.probe import REQUEST, Probe
 from capkv_local.streaming import StreamingLlama
+from capkv_local.template import ChatTemplate
 
 Budget = int | float | str
+Observe = Literal["tail", "probe"]
 
 DEFAULT_BUDGET = 2048
 # Cells for the reply, so that generation does not evict at every token.
@@ -42,6 +46,7 @@ class CompactedState(llama_cpp.LlamaState):
     """A saved state together with what the policy carried for its cells."""
 
     carried: Any = None
+    n_repeated: int = 0
     policy: str | None = None
 
 
@@ -63,6 +68,13 @@ class Llama(StreamingLlama):
         How heads share the budget: ``"uniform"``, ``"pyramid"``, ``"adaptive-layer"`` or
         ``"global"`` (see :mod:`capkv_local.allocate`); by default what suits the policy. The
         memory is the same for all.
+    kv_observe
+        What tells a policy which cells matter: ``"tail"``, the last tokens of what is read;
+        ``"probe"``, a repetition of all of it, for documents that are read before the question
+        is known (about as much work again; see :mod:`capkv_local.probe`).
+    probe_stride
+        Observe with every n-th token of the repetition only: cheaper, at a loss
+        (docs/evaluation.md).
     kv_room
         Cells beyond ``kv_budget + n_batch``: how many tokens are generated between evictions.
     **kwargs
@@ -90,6 +102,8 @@ class Llama(StreamingLlama):
         kv_policy: str | Policy | None = "capkv",
         kv_budget: Budget | None = None,
         kv_allocation: str | None = None,
+        kv_observe: Observe = "tail",
+        probe_stride: int = 1,
         kv_room: int = DEFAULT_ROOM,
         flash_attn: bool | None = None,
         **kwargs: Any,
@@ -99,6 +113,7 @@ class Llama(StreamingLlama):
         self._cache: CompactCache | None = None
         self._t_decode_s = 0.0
         self._room = kv_room
+        self._probe: Probe | None = None
         check_model_file(model_path)
         if kv_policy is None:
             with load_errors(model_path):
@@ -115,6 +130,7 @@ class Llama(StreamingLlama):
         policy = get_policy(kv_policy)
         allocation = _allocation(kv_allocation, policy)
         _check_settings(flash_attn, kwargs, kv_room)
+        _check_observe(kv_observe, policy)
         if n_ctx > 0 and not isinstance(kv_budget, str):
             _parse(kv_budget, n_ctx, 0, policy)  # wrong settings are told before a model is loaded
         # The cells come later, when the context and the bytes per cell are known.
@@ -128,9 +144,12 @@ class Llama(StreamingLlama):
         kv = native.KVCache(self._ctx.ctx)
         self._n_ctx = n_ctx or self._model.n_ctx_train()
         budget = _parse(kv_budget, self._n_ctx, kv.info().n_bytes_cell, policy)
+        if kv_observe == "probe" and evicts(policy):
+            self._probe = self._make_probe(probe_stride)
         kv.resize(self._cells(policy, budget))
         self._set_n_ctx(kv, self._n_ctx)
-        self._cache = CompactCache(kv, policy, budget, allocation)
+        n_probe = 0 if self._probe is None else self._probe.n_scratch
+        self._cache = CompactCache(kv, policy, budget, allocation, n_probe)
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -139,7 +158,12 @@ class Llama(StreamingLlama):
         if not evicts(policy):
             return self._n_ctx
         # The room is there even where the whole context fits: a question is read in it.
-        return min(self._n_ctx, budget + min(self.n_batch, self._n_ctx)) + self._room
+        n_scratch = 0 if self._probe is None else self._probe.n_scratch
+        return min(self._n_ctx, budget + min(self.n_batch, self._n_ctx)) + self._room + n_scratch
+
+    def _make_probe(self, stride: int) -> Probe:
+        request = self.tokenize(REQUEST.encode(), add_bos=False)
+        return Probe((*request, *ChatTemplate.of(self).after), stride=stride)
 
     def _set_n_ctx(self, kv: native.KVCache, n_ctx: int) -> None:
         kv.set_n_ctx(n_ctx)
@@ -190,6 +214,11 @@ class Llama(StreamingLlama):
             t_decode_s=self._t_decode_s,
         )
 
+    @property
+    def kv_observe(self) -> Observe:
+        """What tells the policy which cells matter; see the constructor."""
+        return "tail" if self._probe is None else "probe"
+
     def kv_positions(self) -> native.I32:
         """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``; -1: not held."""
         return self._require_cache().kv.positions()
@@ -212,7 +241,7 @@ class Llama(StreamingLlama):
             before, cache.budget = cache.budget, budget
             if cache.evicts and budget < before and info.n_held > budget:
                 try:
-                    cache.evict(n_tokens=self.n_tokens, n_cells=info.n_cells)
+                    self._evict(cache, self._observers(None, None))
                 except BaseException:
                     cache.budget = before
                     raise
@@ -229,6 +258,7 @@ class Llama(StreamingLlama):
         cache = self._require_cache()
         policy = get_policy(kv_policy)
         allocation = _allocation(kv_allocation, policy)
+        _check_observe(self.kv_observe, policy)
         _parse(cache.budget, self._n_ctx, cache.kv.info().n_bytes_cell, policy)
         with deferred_interrupt():
             n_cells = self._cells(policy, cache.budget)
@@ -273,6 +303,7 @@ class Llama(StreamingLlama):
         )
         state.policy = self._cache.policy.name
         state.carried = None if self._cache.carried is None else self._cache.carried.copy()
+        state.n_repeated = self._cache.n_repeated
         return state
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
@@ -318,6 +349,7 @@ class Llama(StreamingLlama):
             self._requires_eval = True
             carried = getattr(state, "carried", None)
             cache.carried = None if carried is None else carried.copy()
+            cache.n_repeated = getattr(state, "n_repeated", 0)
 
 
 def _in_order(kv: native.KVCache, n_tokens: int) -> bool:
@@ -352,6 +384,13 @@ def _parse(value: Budget | None, n_ctx: int, bytes_per_cell: int, policy: Policy
         bytes_per_cell=bytes_per_cell,
         minimum=policy.n_sinks + policy.n_recent + 1,
     )
+
+
+def _check_observe(kv_observe: str, policy: Policy) -> None:
+    if kv_observe not in ("tail", "probe"):
+        raise PolicyError(f"kv_observe={kv_observe!r} must be 'tail' or 'probe'")
+    if kv_observe == "tail" and "probe" in policy.needs:
+        raise PolicyError(f"policy '{policy.name}' needs kv_observe='probe'")
 
 
 def _check_settings(flash_attn: bool | None, kwargs: dict[str, Any], kv_room: int) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import llama_cpp
@@ -22,15 +23,28 @@ from capkv_local.errors import (
     UnsupportedModel,
 )
 from capkv_local.interrupt import deferred_interrupt
+from capkv_local.native import F32, Stat
+from capkv_local.policies.base import Reduce
+from capkv_local.probe import Probe
 
-Observe = Literal["tail", "question"]
+Observe = Literal["tail", "question", "probe"]
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Observers:
+    """What is decoded in scratch cells before an eviction, for its queries only."""
+
+    question: list[int]
+    probe: Probe | None
+    n_scratch: int  # cells that are kept free for them
 
 
 class StreamingLlama(llama_cpp.Llama):
     """:class:`llama_cpp.Llama` whose tokens stream through ``self._cache``, if there is one."""
 
     _cache: CompactCache | None
+    _probe: Probe | None
     _room: int
     _t_decode_s: float
     _stack: contextlib.ExitStack
@@ -52,7 +66,7 @@ class StreamingLlama(llama_cpp.Llama):
         self,
         tokens: Sequence[int],
         *,
-        observe: Observe = "tail",
+        observe: Observe | None = None,
         question: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -66,8 +80,12 @@ class StreamingLlama(llama_cpp.Llama):
             ``"tail"``: the last queries of the text itself. ``"question"``: before every
             eviction the tokens of ``question`` are decoded in scratch cells behind the text and
             their queries decide; the question does not become part of the sequence.
+            ``"probe"``: before every eviction the new tokens are repeated in scratch cells, for
+            questions that nobody knows yet; needs ``kv_observe="probe"``, which also makes it
+            the default.
         question
-            Tokens of the question, needed with ``observe="question"``.
+            Tokens of the question, needed with ``observe="question"``; with ``"probe"``, they
+            are observed in addition.
         progress
             Called after each chunk with (tokens done, tokens in all).
 
@@ -81,16 +99,14 @@ class StreamingLlama(llama_cpp.Llama):
             Ctrl-C takes effect between chunks; the tokens so far stay.
         """
         cache = self._require_cache()
-        question = list(question or []) if observe == "question" else []
-        if observe == "question" and not question:
-            raise ValueError('observe="question" needs the tokens of a question')
+        observers = self._observers(observe, question)
         self._rewind(cache, len(tokens))
 
-        n_chunk = self._chunk_size(cache, len(question))
+        n_chunk = self._chunk_size(cache, observers)
         done = 0
         while done < len(tokens):
             with deferred_interrupt():
-                n_free = self._make_room(cache, min(n_chunk, len(tokens) - done), question)
+                n_free = self._make_room(cache, min(n_chunk, len(tokens) - done), observers)
                 chunk = list(tokens[done : done + min(n_chunk, n_free)])
                 self._decode_chunk(chunk)
             done += len(chunk)
@@ -99,7 +115,18 @@ class StreamingLlama(llama_cpp.Llama):
         # One token at a time is generation: it fills the room first.
         if len(tokens) > 1:
             with deferred_interrupt():
-                self._settle(cache, question)
+                self._settle(cache, observers)
+
+    def _observers(self, observe: Observe | None, question: Sequence[int] | None) -> _Observers:
+        observe = observe or ("tail" if self._probe is None else "probe")
+        if observe == "question" and not question:
+            raise ValueError('observe="question" needs the tokens of a question')
+        if observe == "probe" and self._probe is None:
+            raise ValueError('observe="probe" needs a Llama that was made with kv_observe="probe"')
+        asked = list(question or []) if observe != "tail" else []
+        # The probe's cells stay free even if it does not look now: the next time it may.
+        n_probe = 0 if self._probe is None else self._probe.n_scratch
+        return _Observers(asked, self._probe if observe == "probe" else None, len(asked) + n_probe)
 
     def _require_cache(self) -> CompactCache:
         if self._cache is None:
@@ -120,42 +147,44 @@ class StreamingLlama(llama_cpp.Llama):
             )
         if self.n_tokens == 0:
             cache.forget()
+        cache.n_repeated = min(cache.n_repeated, self.n_tokens)
 
-    def _chunk_size(self, cache: CompactCache, n_question: int) -> int:
-        """Tokens to decode between evictions that leave cells for the question."""
+    def _chunk_size(self, cache: CompactCache, observers: _Observers) -> int:
+        """Tokens to decode between evictions that leave cells for the observers."""
         info = cache.kv.info()
         never_full = not cache.evicts or cache.budget >= self._n_ctx
         free = info.n_allocated - (0 if never_full else cache.budget)
         longest = free - 1
         if self._window_cells():
-            # In one piece, a question takes only cells that no window needs any more.
+            # In one piece, observers take only cells that no window needs any more.
             longest = min(longest, self.context_params.n_ubatch)
-        if n_question > longest:
+        n_scratch = observers.n_scratch
+        if n_scratch > longest:
             raise BudgetError(
-                f"a question of {n_question} tokens does not fit into the {longest} cells that it "
+                f"a question of {n_scratch} tokens does not fit into the {longest} cells that it "
                 "can have: use a larger kv_room (with sliding windows: n_ubatch) or a shorter "
                 "question"
             )
-        return min(self.n_batch, free - n_question)
+        return min(self.n_batch, free - n_scratch)
 
-    def _make_room(self, cache: CompactCache, n_new: int, question: list[int]) -> int:
+    def _make_room(self, cache: CompactCache, n_new: int, observers: _Observers) -> int:
         """Free cells for new tokens, ``n_new`` if that can be.
 
         Evicts only when a good part of ``n_new`` does not fit: the fuller the cache, the more a
         policy sees at once, and the less often it has to look.
         """
-        n_free = cache.kv.info().n_free - len(question)
+        n_free = cache.kv.info().n_free - observers.n_scratch
         if n_free < n_new and n_free < self.n_batch // 4:
-            self._evict(cache, question)
-            n_free = cache.kv.info().n_free - len(question)
+            self._evict(cache, observers)
+            n_free = cache.kv.info().n_free - observers.n_scratch
         return n_free
 
-    def _settle(self, cache: CompactCache, question: list[int]) -> None:
+    def _settle(self, cache: CompactCache, observers: _Observers) -> None:
         """After a prompt: back to the budget, unless only a little is over."""
         n_over = cache.kv.info().n_held - cache.budget
         if not cache.evicts or n_over <= self._room // 2:
             return
-        self._evict(cache, question)
+        self._evict(cache, observers)
         # The last token is decoded again, so that its logits are those of the cells that
         # generation goes on with: the same prompt again then gives the same answer. Only a policy
         # that keeps nothing but the last token in all heads leaves no way back.
@@ -163,32 +192,79 @@ class StreamingLlama(llama_cpp.Llama):
             self.n_tokens -= 1
             self._decode_chunk([int(self.input_ids[self.n_tokens])])
 
-    def _evict(self, cache: CompactCache, question: list[int]) -> None:
-        n_cells = cache.kv.info().n_cells
-        if not question:
-            cache.evict(n_tokens=self.n_tokens, n_cells=n_cells)
-            return
-        self._observe_question(cache, question)
+    def _evict(
+        self,
+        cache: CompactCache,
+        observers: _Observers,
+        remember: dict[Hashable, F32] | None = None,
+    ) -> None:
+        """Look, choose, evict; ``remember`` spares repetitions of a text that is evicted anew."""
+        n_question = len(observers.question)
+        probe = observers.probe
+        if observers.question:
+            self._decode_scratch(cache, observers.question, n_past=self.n_tokens)
+        n_cells = cache.kv.info().n_cells - n_question
+        known = {} if remember is None else remember
+
+        def repeat(reduce: Reduce) -> F32:
+            assert probe is not None
+            key = (reduce, tuple(observers.question))
+            if key not in known:
+                known[key] = self._repeat(cache, probe, n_cells, n_question, reduce)
+            return known[key].copy()
+
         try:
             # The question counts as seen: the observation window lies behind the text.
             keep, carry = cache.choose(
-                n_tokens=self.n_tokens + len(question),
+                n_tokens=self.n_tokens + n_question,
                 n_cells=n_cells,
-                n_queries=min(len(question), cache.policy.n_window),
+                n_queries=min(n_question, cache.policy.n_window),
+                repeat=None if probe is None else repeat,
             )
         finally:
-            self._rewind(cache, 0)
+            if n_question:
+                self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         cache.apply(keep, carry)
+        if probe is not None:
+            cache.n_repeated = self.n_tokens
 
-    def _observe_question(self, cache: CompactCache, question: list[int]) -> None:
-        """Decode the question in scratch cells behind the text, for its queries only."""
+    def _repeat(
+        self, cache: CompactCache, probe: Probe, n_cells: int, n_question: int, reduce: Reduce
+    ) -> F32:
+        """Attention on the first ``n_cells`` cells while what is new in them is repeated."""
+        info = cache.kv.info()
+        stat = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
+        out = np.zeros((info.n_layer, info.n_head_kv, n_cells), np.float32)
+        n_past = self.n_tokens + n_question
+        new = self.input_ids[: self.n_tokens].tolist()
+        for piece, n_queries in probe.pieces(new, cache.n_repeated):
+            try:
+                self._decode_scratch(cache, piece, n_past=n_past)
+                attention = cache.kv.score(
+                    stat[reduce],
+                    # The softmax goes over the piece, too: what it finds in itself, it does not
+                    # need the text for.
+                    n_cells=cache.kv.info().n_cells,
+                    n_queries=n_queries,
+                    stride=probe.stride,
+                    per_head=reduce == "max",
+                )[..., :n_cells]
+            finally:
+                self._ctx.kv_cache_seq_rm(-1, n_past, -1)
+            if reduce == "max":
+                grouped = attention.reshape(info.n_layer, info.n_head_kv, -1, n_cells)
+                np.maximum(out, grouped.max(axis=2), out=out)
+            else:
+                out += attention * n_queries
+        return out
+
+    def _decode_scratch(self, cache: CompactCache, tokens: list[int], *, n_past: int) -> None:
+        """Decode tokens behind the text for their queries only; the caller takes them back."""
         cache.pause_mean(True)
         try:
-            for i in range(0, len(question), self.n_batch):
+            for i in range(0, len(tokens), self.n_batch):
                 self._batch.set_batch(
-                    batch=question[i : i + self.n_batch],
-                    n_past=self.n_tokens + i,
-                    logits_all=False,
+                    batch=tokens[i : i + self.n_batch], n_past=n_past + i, logits_all=False
                 )
                 # No logits are wanted, and the output matrix is a good part of a small model.
                 self._batch.batch.logits[self._batch.n_tokens() - 1] = False

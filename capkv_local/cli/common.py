@@ -89,6 +89,8 @@ class ModelOptions:
     kv_policy: str | None = None
     kv_budget: int | float | str | None = None
     kv_allocation: str | None = None
+    kv_observe: str | None = None
+    probe_stride: int | None = None
     n_ctx: int | None = None
     n_threads: int | None = None
     n_gpu_layers: int | None = None
@@ -150,6 +152,21 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         metavar="NAME",
         help="How heads share the budget: uniform, pyramid, adaptive-layer or global. "
         "[default: what suits the policy]",
+    ),
+    click.option(
+        "--observe",
+        "kv_observe",
+        type=click.Choice(("tail", "probe")),
+        help="What decides which cells matter: the end of what is read (with ask: the question), "
+        "or a probe that repeats all of it, for questions to come; takes about twice as long to "
+        "read. [default: tail]",
+    ),
+    click.option(
+        "--probe-stride",
+        type=click.IntRange(1, 16),
+        metavar="N",
+        help="Let the probe look with every N-th token only: faster, keeps a little less well. "
+        "[default: 1]",
     ),
     click.option(
         "--n-ctx",

@@ -19,8 +19,8 @@ from capkv_local.errors import PolicyError, unknown_name
 F32 = NDArray[np.float32]
 Reduce = Literal["mean", "max", "second_moment"]
 
-NEEDS = frozenset({"queries", "mean_query"})
-"""What a policy may ask to have observed during prefill."""
+NEEDS = frozenset({"queries", "mean_query", "probe"})
+"""What a policy may ask to have observed during prefill; ``"probe"``: it cannot do without."""
 
 
 class KVStats(Protocol):
@@ -68,6 +68,18 @@ class KVStats(Protocol):
         float32 [n_layer, n_head_kv, n_cells], or [n_layer, n_head, n_cells] per query head
             Over the window's queries: mean of a, max of a or mean of a²; averaged over the
             query heads of a KV head unless `per_query_head`.
+        """
+
+    def probe_attention(self, *, reduce: Reduce = "mean") -> F32 | None:
+        """Attention while the text since the last round is repeated; None if nothing repeats it.
+
+        The softmax is over all cells and the repetition itself, as far as it has come.
+
+        Returns
+        -------
+        float32 [n_layer, n_head_kv, n_cells] or None
+            Sum of a, sum of a² or maximum of a over the repeated tokens; sums are averaged over
+            the query heads of a KV head, the maximum is over them. Each `reduce` repeats anew.
         """
 
     def anchor(self, *, kind: Literal["cosine", "dot"] = "cosine", n_future: int = 512) -> F32:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from capkv_local.policies.base import F32, BasePolicy, KVStats, above_all, pool_cells, register
 from capkv_local.policies.base import window_mask as in_window
-from capkv_local.select import contested
+from capkv_local.select import Mask, contested
 
 
 @register
@@ -38,6 +38,17 @@ class CapKV(BasePolicy):
     digits only while it is being copied. So every head also gets a share of what the heads
     together find relevant, token by token.
 
+    With a probe, every cell has been looked for, and the sums are over all repeated tokens::
+
+        r_i = sum_q a_qi² over all repetitions so far     (no window; a question's is added, pooled)
+        w_i = pool_j(r_j) + probe_consensus * mean over all heads h of r_h,i
+        s_i as above from w and probe_noise:   which cells a head keeps
+        s_i as above from r and probe_noise:   how many (the n-th best of a head gets the n-th
+                                               largest of these)
+
+    Two orders, since they answer two questions: heads that look for nothing must not take the
+    cells of those that do, but what they do keep may well be what the others need.
+
     Parameters
     ----------
     n_sinks, n_recent
@@ -57,6 +68,9 @@ class CapKV(BasePolicy):
     noise
         Variance of the noise, in units of a squared attention. docs/policies.md has the numbers
         behind the defaults.
+    probe_pool, probe_consensus, probe_noise
+        The same with a probe; the noise in units of a summed squared attention. Chosen on two
+        models, see docs/evaluation.md.
 
     Notes
     -----
@@ -67,7 +81,8 @@ class CapKV(BasePolicy):
     Streaming: a survivor's relevance is the largest it ever had, since a passage that some past
     window needed is not worthless because the present one looks elsewhere. Cells inside the
     window are looked at by their own neighbours and would keep that as fame: they are carried
-    only once a later window has judged them.
+    only once a later window has judged them. With a probe, survivors add what every repetition
+    finds in them to what they had.
     """
 
     name: ClassVar[str] = "capkv"
@@ -79,42 +94,102 @@ class CapKV(BasePolicy):
     consensus: float = 1.0
     u: Literal["value", "key"] = "value"
     noise: float = 0.01
+    probe_pool: int = 3
+    probe_consensus: float = 3.0
+    probe_noise: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("pool", self.pool >= 1 and self.pool % 2 == 1, "odd and 1 or more")
-        self._require("consensus", 0 <= self.consensus < np.inf, "finite and 0 or more")
+        for name in ("pool", "probe_pool"):
+            pool = getattr(self, name)
+            self._require(name, pool >= 1 and pool % 2 == 1, "odd and 1 or more")
+        for name in ("consensus", "probe_consensus"):
+            self._require(name, 0 <= getattr(self, name) < np.inf, "finite and 0 or more")
+        for name in ("noise", "probe_noise"):
+            self._require(name, 0 < getattr(self, name) < np.inf, "finite and above 0")
         self._require("u", self.u in ("value", "key"), "'value' or 'key'")
-        self._require("noise", 0 < self.noise < np.inf, "finite and above 0")
 
     def score(self, stats: KVStats) -> F32:
         """Capacity, sinks and recent above all; hands the relevance on to the next round."""
         held = stats.positions >= 0
         open_ = contested(held, n_sinks=self.n_sinks, n_recent=self.n_recent)
+        repeated = stats.probe_attention(reduce="second_moment")
+        if repeated is None:
+            score = self._from_window(stats, open_)
+        else:
+            score = self._from_probe(stats, open_, repeated)
+        return above_all(score, held & ~open_)
+
+    def _from_window(self, stats: KVStats, open_: Mask) -> F32:
         relevance = self._relevance(stats, open_)  # [n_layer, n_head_kv, n_cells]
         stats.carry(np.where(in_window(stats), np.float32(0), relevance))
         relevance = relevance + self.consensus * _consensus(stats.positions, relevance)
+        return self._capacity(stats, relevance, self.noise)
+
+    def _from_probe(self, stats: KVStats, open_: Mask, repeated: F32) -> F32:
+        if stats.carried is not None:
+            repeated = repeated + stats.carried
+        stats.carry(repeated)
+        own = np.where(open_, repeated, np.float32(0))
+        if not in_window(stats).any():  # the window lies behind the text: a question
+            asked = stats.window_attention(reduce="second_moment")
+            own = own + stats.n_queries * _pooled(asked, open_, self.pool)
+        shared = _pooled(own, open_, self.probe_pool)
+        shared = shared + self.probe_consensus * _mean_over_heads(stats.positions, own)
+        return _in_order_of(
+            self._capacity(stats, shared, self.probe_noise),
+            self._capacity(stats, own, self.probe_noise),
+            open_,
+        )
+
+    def _capacity(self, stats: KVStats, relevance: F32, noise: float) -> F32:
+        """Leverage of vectors of length 1 under these weights."""
         norm = stats.value_norm() if self.u == "value" else stats.key_norm()
         square = norm.astype(np.float64) ** 2
         # Vectors of length 1 are a matter of the weights; a vector of 0 has no direction.
         weights = np.divide(relevance, square, out=np.zeros_like(square), where=square > 0)
         # Leverage depends on weight / noise alone.
-        score = stats.leverage(self.u, (weights / self.noise).astype(np.float32), noise=1.0)
-        return above_all(score, held & ~open_)
+        return stats.leverage(self.u, (weights / noise).astype(np.float32), noise=1.0)
 
     def _relevance(self, stats: KVStats, open_: NDArray[np.bool_]) -> F32:
         """Pooled second moment or what was carried, whichever is larger; 0 outside `open_`."""
         attention = stats.window_attention(reduce="second_moment")
-        if (open_ == open_[:1, :1]).all():  # the usual case, and much less to pool
-            open_ = open_[:1, :1]
-        weight = open_.astype(np.float32)
-        pooled = pool_cells(attention * weight, self.pool)
-        # Near the ends the pool sees fewer contested cells: average over those alone.
-        share = np.maximum(pool_cells(weight, self.pool), np.float32(1.0 / self.pool))
-        relevance = pooled / share
+        relevance = _pooled(attention, open_, self.pool)
         if stats.carried is not None:
-            relevance = np.maximum(relevance, stats.carried)
-        return np.asarray(relevance * weight, np.float32)
+            relevance = np.maximum(relevance, np.where(open_, stats.carried, np.float32(0)))
+        return relevance
+
+
+def _pooled(x: F32, open_: Mask, kernel: int) -> F32:
+    """Average over neighbouring contested cells, 0 outside them."""
+    if (open_ == open_[:1, :1]).all():  # the usual case, and much less to pool
+        open_ = open_[:1, :1]
+    weight = open_.astype(np.float32)
+    # Near the ends the pool sees fewer contested cells: average over those alone.
+    share = np.maximum(pool_cells(weight, kernel), np.float32(1.0 / kernel))
+    return np.asarray(pool_cells(x * weight, kernel) / share * weight, np.float32)
+
+
+def _mean_over_heads(positions: NDArray[np.int32], x: F32) -> F32:
+    """Mean over all heads of what the token in each cell has; 0 where a head gave it up."""
+    # Cells that a head does not hold have position -1 and relevance 0.
+    by_token = np.bincount(positions.ravel() + 1, weights=x.ravel())
+    return np.asarray(by_token[positions + 1] / (x.shape[0] * x.shape[1]), np.float32)
+
+
+def _in_order_of(order: F32, values: F32, open_: Mask) -> F32:
+    """The contested `values` of each head, given out again in the order of `order`.
+
+    Examples
+    --------
+    >>> order, values = np.array([[[1.0, 3.0, 2.0]]]), np.array([[[7.0, 8.0, 9.0]]])
+    >>> _in_order_of(order, values, np.ones((1, 1, 3), bool)).tolist()
+    [[[7.0, 9.0, 8.0]]]
+    """
+    first = np.where(open_, order, -np.inf).argsort(axis=-1, kind="stable")
+    out = np.zeros(values.shape, np.float32)
+    np.put_along_axis(out, first, np.sort(np.where(open_, values, -np.inf), axis=-1), axis=-1)
+    return np.where(open_, out, np.float32(0))
 
 
 def _consensus(positions: NDArray[np.int32], relevance: F32) -> F32:
@@ -133,7 +208,4 @@ def _consensus(positions: NDArray[np.int32], relevance: F32) -> F32:
     """
     total = relevance.sum(axis=-1, keepdims=True, dtype=np.float64)
     share = relevance / np.maximum(total, np.finfo(np.float64).tiny)
-    # Cells that a head does not hold have position -1 and relevance 0.
-    by_token = np.bincount(positions.ravel() + 1, weights=share.ravel())
-    n_heads = positions.shape[0] * positions.shape[1]
-    return np.asarray(by_token[positions + 1] / n_heads * total, np.float32)
+    return np.asarray(_mean_over_heads(positions, share) * total, np.float32)

@@ -27,6 +27,7 @@ class ArrayStats:
     n_tokens: int
     positions: np.ndarray  # int32 [n_layer, n_head_kv, n_cells]
     carried: np.ndarray | None = None
+    repeated_query: np.ndarray | None = None  # [n_layer, n_head, n_repeated, d], after RoPE
     handed: np.ndarray | None = None  # what the policy carried on
 
     def __post_init__(self) -> None:
@@ -51,6 +52,21 @@ class ArrayStats:
         a = reference.window_attention(
             self.window_query, self.k, q_pos, self.positions, self.d**-0.5, reduce, per_query_head
         )
+        return a.astype(np.float32)
+
+    def probe_attention(self, *, reduce: Any = "mean") -> F32 | None:
+        if self.repeated_query is None:
+            return None
+        n = self.repeated_query.shape[2]
+        q_pos = np.arange(self.n_tokens, self.n_tokens + n)
+        a = reference.window_attention(
+            *(self.repeated_query, self.k, q_pos, self.positions, self.d**-0.5, reduce),
+            reduce == "max",
+        )
+        if reduce == "max":
+            a = a.reshape(self.n_layer, self.n_head_kv, -1, self.n_cells).max(axis=2)
+        else:
+            a = a * n
         return a.astype(np.float32)
 
     def anchor(self, *, kind: Any = "cosine", n_future: int = 512) -> F32:
@@ -90,8 +106,13 @@ def stats_of(raw: Any) -> ArrayStats:
     return ArrayStats(**arrays, n_tokens=n, positions=positions)
 
 
-def synthetic(seed: int, n_cells: int = 60, n_queries: int = 8) -> ArrayStats:
-    """Two layers of random cells that survived out of 100 tokens, the last 40 in every head."""
+def synthetic(
+    seed: int, n_cells: int = 60, n_queries: int = 8, *, probed: bool = False
+) -> ArrayStats:
+    """Two layers of random cells that survived out of 100 tokens, the last 40 in every head.
+
+    ``probed``: 20 tokens are repeated.
+    """
     rng = np.random.default_rng(seed)
     old = [np.sort(rng.choice(60, n_cells - 40, replace=False)) for _ in range(2 * 2)]
     positions = np.concatenate([np.stack(old), np.tile(np.arange(60, 100), (4, 1))], axis=1)
@@ -103,6 +124,7 @@ def synthetic(seed: int, n_cells: int = 60, n_queries: int = 8) -> ArrayStats:
         inv_freq=10000.0 ** -(np.arange(4) / 4),
         n_tokens=100,
         positions=positions.reshape(2, 2, n_cells).astype(np.int32),
+        repeated_query=rng.normal(size=(2, 4, 20, 8)) if probed else None,
     )
 
 

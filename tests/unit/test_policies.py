@@ -44,6 +44,7 @@ class Row(NamedTuple):
     needs: frozenset[str]
     kvpress: float | None = None  # None: kvpress has no such score to compare with
     evicts: bool = True
+    probed: bool = False  # measured on cells whose text is repeated
 
 
 QUERIES, MEAN, NOTHING = frozenset({"queries"}), frozenset({"mean_query"}), frozenset[str]()
@@ -54,12 +55,18 @@ TABLE = [
     Row("full", NOTHING, evicts=False),
     Row("keydiff", NOTHING, kvpress=1e-5),
     Row("knorm", NOTHING, kvpress=1e-6),
+    # Compared with kvpress where the whole model runs: tests/model/test_crosscheck.py.
+    Row("kvzip", frozenset({"probe"}), probed=True),
     Row("random", NOTHING),
     Row("snapkv", QUERIES, kvpress=1e-5),
     Row("streaming", NOTHING),
     Row("tova", QUERIES, kvpress=1e-5),
 ]
-rows = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+rows = pytest.mark.parametrize(
+    "row",
+    [*TABLE, Row("capkv", QUERIES, probed=True)],
+    ids=lambda row: row.name + "+probe" * row.probed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +161,56 @@ def test_capkv_never_forgets_a_survivor(prompt: ArrayStats) -> None:
     assert (second.handed[~judged] == 0).all()  # the window's own fame is not carried
 
 
+def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
+    policy = get_policy("capkv", probe_pool=3, probe_noise=0.5, probe_consensus=2.0, n_recent=8)
+    repeated = prompt.window_query[:, :, -40:]
+    stats = dataclasses.replace(prompt.observed_by(policy), repeated_query=repeated)
+    got = policy.score(stats)[:, :, 4:-8]
+    r = stats.probe_attention(reduce="second_moment")
+    assert r is not None
+    r = r[:, :, 4:-8].astype(np.float64)
+    n = r.shape[-1]
+    w = np.stack([r[..., max(0, i - 1) : i + 2].mean(axis=-1) for i in range(n)], axis=-1)
+    w = w + 2.0 * r.mean(axis=(0, 1))
+    v = prompt.v[:, :, 4:-8].astype(np.float64)
+    v /= np.linalg.norm(v, axis=-1, keepdims=True)
+
+    def capacity(w: np.ndarray) -> np.ndarray:
+        a = 0.5 * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", w, v, v)
+        return w * np.einsum("lhni,lhij,lhnj->lhn", v, np.linalg.inv(a), v)
+
+    own, shared = capacity(r), capacity(w)
+    # How much each head's cells are worth together is its own affair, which they are is not.
+    np.testing.assert_allclose(np.sort(got), np.sort(own), rtol=1e-4)
+    ranks = got.argsort(axis=-1).argsort(axis=-1), shared.argsort(axis=-1).argsort(axis=-1)
+    # float32 against float64: near-ties may swap.
+    assert np.abs(ranks[0] - ranks[1]).max() <= 2
+
+
+def test_capkv_adds_what_every_repetition_finds(prompt: ArrayStats) -> None:
+    policy = get_policy("capkv")
+    stats = dataclasses.replace(prompt, repeated_query=prompt.window_query[:, :, -40:])
+    policy.score(stats)
+    once = stats.handed
+    again = dataclasses.replace(stats, carried=once)
+    policy.score(again)
+    assert once is not None
+    assert again.handed is not None
+    np.testing.assert_allclose(again.handed, 2 * once, rtol=1e-6)
+
+
+def test_capkv_with_a_probe_hears_a_question_but_no_tail(prompt: ArrayStats) -> None:
+    policy = get_policy("capkv")
+    stats = dataclasses.replace(
+        prompt.observed_by(policy), repeated_query=prompt.window_query[:, :, -40:]
+    )
+    turned = dataclasses.replace(stats, window_query=-stats.window_query)
+    np.testing.assert_array_equal(policy.score(stats), policy.score(turned))
+    asked = dataclasses.replace(stats, n_tokens=stats.n_tokens + stats.n_queries)
+    other = dataclasses.replace(asked, window_query=-asked.window_query)
+    assert not np.array_equal(policy.score(asked), policy.score(other))
+
+
 def test_capkv_consensus_goes_by_token_not_by_cell() -> None:
     """What one head finds relevant, another keeps where that token lies in its own cells."""
     positions = np.array([[[0, 1, 5, 7], [0, 2, 5, 9]]], np.int32)
@@ -216,7 +273,7 @@ def test_random_is_a_uniform_sample_after_many_rounds() -> None:
 
 @rows
 def test_scores_are_float32_finite_and_repeatable(row: Row) -> None:
-    policy, stats = get_policy(row.name), synthetic(1)
+    policy, stats = get_policy(row.name), synthetic(1, probed=row.probed)
     score = policy.score(stats)
     assert score.dtype == np.float32
     assert score.shape == (2, 2, 60)
@@ -227,7 +284,7 @@ def test_scores_are_float32_finite_and_repeatable(row: Row) -> None:
 
 @rows
 def test_reads_only_what_it_says_it_needs(row: Row) -> None:
-    policy, stats = get_policy(row.name), synthetic(2)
+    policy, stats = get_policy(row.name), synthetic(2, probed=row.probed)
     assert policy.needs == row.needs
     assert getattr(policy, "evicts", True) is row.evicts
     before = policy.score(stats)
@@ -235,13 +292,15 @@ def test_reads_only_what_it_says_it_needs(row: Row) -> None:
         stats.window_query = np.full_like(stats.window_query, np.nan)
     if "mean_query" not in row.needs:
         stats.mean_query = np.full_like(stats.mean_query, np.nan)
+    if stats.repeated_query is not None and not row.probed:
+        stats.repeated_query = np.full_like(stats.repeated_query, np.nan)
     np.testing.assert_array_equal(policy.score(stats), before)
 
 
 @rows
 @pytest.mark.parametrize("hard", ["zeros", "huge", "sharp", "tiny-cache", "one-query"])
 def test_hard_inputs_stay_finite(row: Row, hard: str) -> None:
-    policy, stats = get_policy(row.name), synthetic(3)
+    policy, stats = get_policy(row.name), synthetic(3, probed=row.probed)
     if hard == "zeros":
         stats.k[:, :, 10:20] = stats.v[:, :, 10:20] = stats.mean_query[0] = 0
     elif hard == "huge":
@@ -253,6 +312,8 @@ def test_hard_inputs_stay_finite(row: Row, hard: str) -> None:
         stats = stats.after(np.broadcast_to(np.array([0, 58, 59]), (2, 2, 3)))
     elif hard == "one-query":
         stats = dataclasses.replace(stats, window_query=stats.window_query[:, :, -1:])
+    if hard == "sharp" and stats.repeated_query is not None:
+        stats.repeated_query *= 1e6
     score = policy.score(stats)
     assert score.dtype == np.float32
     assert score.shape == stats.positions.shape
@@ -266,12 +327,13 @@ def test_order_of_dimensions_does_not_matter(row: Row, seed: int, order: list[in
     """llama.cpp permutes each head's dimensions (RoPE excepted, see the reference's test)."""
     if "mean_query" in row.needs:
         return
-    policy, stats = get_policy(row.name), synthetic(seed)
+    policy, stats = get_policy(row.name), synthetic(seed, probed=row.probed)
     permuted = dataclasses.replace(
         stats,
         k=stats.k[..., order],
         v=stats.v[..., order],
         window_query=stats.window_query[..., order],
+        repeated_query=None if stats.repeated_query is None else stats.repeated_query[..., order],
     )
     np.testing.assert_allclose(policy.score(permuted), policy.score(stats), rtol=1e-5, atol=1e-7)
 
@@ -279,7 +341,7 @@ def test_order_of_dimensions_does_not_matter(row: Row, seed: int, order: list[in
 @rows
 def test_every_head_stands_alone(row: Row) -> None:
     """Scaling the values of one layer leaves the other layers' ranking as it was."""
-    policy, stats = get_policy(row.name), synthetic(4)
+    policy, stats = get_policy(row.name), synthetic(4, probed=row.probed)
     changed = dataclasses.replace(stats, v=stats.v * np.array([1.0, 7.0])[:, None, None, None])
     np.testing.assert_array_equal(policy.score(changed)[0], policy.score(stats)[0])
 
