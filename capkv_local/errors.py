@@ -55,6 +55,14 @@ class DocumentError(CapKVError, ValueError):
     """A document that cannot be read as text."""
 
 
+class EvaluationError(CapKVError, ValueError):
+    """Records, results or settings of an evaluation that cannot be used."""
+
+
+class CorpusError(CapKVError):
+    """The texts of an evaluation cannot be downloaded or read."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Sentence for a name that nothing has: which was perhaps meant, and which there are."""
     known = list(known)

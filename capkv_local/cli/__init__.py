@@ -12,6 +12,7 @@ from capkv_local.cli.ask import ask_command
 from capkv_local.cli.chat import chat_command
 from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
 from capkv_local.cli.doctor import doctor_command
+from capkv_local.cli.eval import eval_command
 
 __all__ = ["main"]
 
@@ -35,4 +36,5 @@ def main() -> None:
 
 main.add_command(chat_command)
 main.add_command(ask_command)
+main.add_command(eval_command)
 main.add_command(doctor_command)

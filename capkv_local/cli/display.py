@@ -158,6 +158,56 @@ class _PlainProgress:
         click.echo(f"reading: {progress_text(progress)}", err=True)
 
 
+@contextlib.contextmanager
+def step_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Show steps that take seconds each: yields a callback (steps done, in all, what is next)."""
+    if not is_fancy(sys.stderr):
+        yield _PlainSteps()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    # Texts and methods differ in cost: the rate is taken over many steps.
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=600
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, what: bar.update(
+            task, total=total, completed=done, description=what
+        )
+
+
+class _PlainSteps:
+    """A line every 30 seconds, with the time that is left: readable in a log."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._first: int | None = None  # steps that an earlier run had done
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        if now - self._last < 30 and done < total:
+            return
+        self._last = now
+        new = done - self._first
+        left = f", {duration((total - done) * (now - self._start) / new)} left" if new else ""
+        click.echo(f"{done:,}/{total:,}{left}, {what}", err=True)
+
+
 # ---- answers -----------------------------------------------------------------------------------
 
 # A document can make a model repeat escape sequences; a terminal must not obey them.

@@ -41,14 +41,18 @@ class Requirements:
 
 
 def requirements(pyproject: Path = ROOT / "pyproject.toml") -> Requirements:
-    """Read the dependencies of the project and of its ``dev`` extra."""
+    """Read the dependencies of the project and of its extras ``eval`` and ``dev``.
+
+    Who has the checkout wants to measure, too: ``eval`` is installed with the rest.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:  # pip carries the same parser
         from pip._vendor import tomli as tomllib
     try:
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-        runtime, dev = project["dependencies"], project["optional-dependencies"]["dev"]
+        extras = project["optional-dependencies"]
+        runtime, dev = [*project["dependencies"], *extras["eval"]], extras["dev"]
     except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
         raise SetupError(f"cannot read the dependencies in {pyproject}: {error!r}") from error
     ours = tuple(r for r in runtime if not r.startswith("llama-cpp-python"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ class Environment:
         path = f"{ROOT}{os.pathsep}{rest}" if rest else str(ROOT)
         # Without it `-m` would import from the directory the user happens to stand in.
         return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+    def output_of(self, *args: str) -> str:
+        """Return what Python prints with these arguments, on one line."""
+        command = [str(self.venv.python), *args]
+        return subprocess.run(
+            command, env=self.process_env(), check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     def exec_python(self, *args: str) -> NoReturn:
         """Become Python with these arguments, so that signals and exit codes are its own."""

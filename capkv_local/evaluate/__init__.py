@@ -1,0 +1,1 @@
+"""Evaluation: tasks, runs and reports that compare eviction policies with the full cache."""

@@ -1,0 +1,328 @@
+"""Tasks x methods x budgets x readings x KV types, one after the other, going on where it stopped.
+
+Order: all that needs one text is done while the text is in the cache; records are written as soon
+as they are measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from capkv_local.errors import EvaluationError
+from capkv_local.evaluate.corpus import load_corpus, read_folder
+from capkv_local.evaluate.methods import Method
+from capkv_local.evaluate.records import Key, Record, Results, key
+from capkv_local.evaluate.retrieval import retrieve
+from capkv_local.evaluate.session import F64, EvalSession, Prepared, answer_metrics
+from capkv_local.evaluate.tasks import build_cases
+from capkv_local.evaluate.tasks.base import Case, Split
+from capkv_local.llama import Llama
+from capkv_local.streaming import Observe
+
+F16 = "f16"
+# Tokens of a continuation that are predicted.
+N_NEXT = 96
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. Every combination of the lists is.
+
+    Parameters
+    ----------
+    models
+        GGUF files.
+    methods
+        See :func:`~capkv_local.evaluate.methods.parse_method`.
+    shares
+        Shares of the cells that are kept, in (0, 1).
+    tasks, n_tokens
+        Names of tasks, and how long their texts are.
+    readings
+        ``"one-shot"``: read everything, then evict once. ``"streamed"``: read through a cache of
+        the budget and one batch.
+    questions
+        ``"unseen"``: what is kept is decided before any question. ``"seen"``: for each question
+        anew, with its tokens observed.
+    kv_types
+        Types of the cached rows.
+    n_cases
+        Texts per task and length.
+    split, seed
+        Which texts, and the seed of what is planted and cut.
+    n_seen
+        Questions of a text that are asked with the question seen: each costs an eviction of its
+        own, and a reading of its own if streamed.
+    threads
+        CPU threads.
+    texts
+        Folder of own texts; None for the pinned ones.
+    """
+
+    models: tuple[Path, ...]
+    methods: tuple[Method, ...]
+    shares: tuple[float, ...] = (0.5, 0.25, 0.125)
+    tasks: tuple[str, ...] = ("continuation", "facts")
+    n_tokens: tuple[int, ...] = (2048,)
+    readings: tuple[str, ...] = ("one-shot",)
+    questions: tuple[str, ...] = ("unseen",)
+    kv_types: tuple[str, ...] = (F16,)
+    n_cases: int = 8
+    split: Split = "report"
+    seed: int = 0
+    n_seen: int = 8
+    threads: int = 2
+    texts: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One compression of one text, and the items that are measured on it."""
+
+    method: Method
+    share: float
+    reading: str
+    question: str
+    kv_type: str
+    items: tuple[int, ...]  # indices of questions, -1 for the continuation
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
+    """Measure everything of a plan that `results` does not hold yet.
+
+    Parameters
+    ----------
+    progress
+        Called with (steps done, steps in all, what is being done).
+
+    Raises
+    ------
+    CapKVError
+        A text, task, model or policy cannot be used; what was measured so far is in `results`.
+    """
+    done = results.done()
+    texts = load_corpus(plan.split) if plan.texts is None else read_folder(plan.split, plan.texts)
+    n_steps, n_done = 0, 0
+    jobs: list[tuple[Path, int, list[Case]]] = []
+    for model in plan.models:
+        for n_tokens in plan.n_tokens:
+            session = EvalSession(model, n_tokens=64, threads=plan.threads)
+            try:
+                cases = [
+                    case
+                    for task in plan.tasks
+                    for case in build_cases(
+                        task, plan.split, texts, session.tokenize, n_tokens, plan.n_cases, plan.seed
+                    )
+                ]
+            finally:
+                session.close()
+            jobs.append((model, n_tokens, cases))
+            n_steps += sum(len(_units(plan, case)) for case in cases)
+    if n_steps == 0:
+        raise EvaluationError("nothing to measure: no text is long enough, or nothing was asked")
+
+    def tick(n: int, what: str) -> None:
+        nonlocal n_done
+        n_done += n
+        if progress is not None:
+            progress(n_done, n_steps, what)
+
+    for model, n_tokens, cases in jobs:
+        runner = _Runner(plan, model, n_tokens)
+        try:
+            for case in cases:
+                units = _units(plan, case)
+                todo = [u for u in units if not runner.is_done(case, u, done)]
+                tick(len(units) - len(todo), f"{model.stem}: {case.task}, {case.name}")
+                for unit, records in runner.measure(case, todo):
+                    results.append(records)
+                    tick(1, f"{model.stem}: {case.task}, {unit.method.label}, {unit.share:.4g}")
+        finally:
+            runner.close()
+
+
+def _units(plan: Plan, case: Case) -> list[_Unit]:
+    n = len(case.questions)
+    unseen = ((-1,) if case.continuation else ()) + tuple(range(n))
+    # Spread over the text, the same ones for all methods.
+    seen = sorted({round(i) for i in np.linspace(0, n - 1, min(n, plan.n_seen))}) if n else []
+    units: list[_Unit] = []
+    for kv_type in plan.kv_types:
+        for method in plan.methods:
+            if method.is_full:
+                if kv_type != F16:  # that of f16 is what the others are compared with
+                    units.append(_Unit(method, 1.0, "one-shot", "unseen", kv_type, unseen))
+                continue
+            for reading in plan.readings:
+                for share in plan.shares:
+                    if "unseen" in plan.questions and not method.is_retrieval:
+                        units.append(_Unit(method, share, reading, "unseen", kv_type, unseen))
+                    if "seen" in plan.questions:
+                        if method.is_retrieval and reading != "one-shot":
+                            continue
+                        for i in seen:
+                            units.append(_Unit(method, share, reading, "seen", kv_type, (i,)))
+    return units
+
+
+class _Runner:
+    def __init__(self, plan: Plan, model: Path, n_tokens: int) -> None:
+        self._plan = plan
+        self._model = model
+        self._n_tokens = n_tokens
+        self._sessions: dict[str, EvalSession] = {}
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    def _session(self, kv_type: str) -> EvalSession:
+        if kv_type not in self._sessions:
+            # The template's tokens and a retrieved text's passage marks come on top.
+            n = self._n_tokens + 128
+            self._sessions[kv_type] = EvalSession(
+                self._model, n_tokens=n, kv_type=kv_type, threads=self._plan.threads
+            )
+        return self._sessions[kv_type]
+
+    def is_done(self, case: Case, unit: _Unit, done: dict[Key, set[str]]) -> bool:
+        return all(
+            done.get(key(self._record(case, unit, item)), set()) >= _metrics(item)
+            for item in unit.items
+        )
+
+    def measure(self, case: Case, units: Sequence[_Unit]) -> Iterator[tuple[_Unit, list[Record]]]:
+        """Measure what is asked for on one text."""
+        if not units:
+            return
+        reference = self._session(F16)
+        prepared = reference.prepare(case)
+        prepared = replace(prepared, continuation=prepared.continuation[: N_NEXT + 1])
+        reference.read(prepared)
+        items = sorted({item for unit in units for item in unit.items})
+        full = {item: _predict(reference, reference.full(), prepared, item) for item in items}
+        was_read = {F16}
+        for unit in units:
+            started = time.perf_counter()
+            session = self._session(unit.kv_type)
+            if unit.kv_type not in was_read and unit.reading == "one-shot":
+                session.read(prepared)
+                was_read.add(unit.kv_type)
+            llama = self._compress(session, prepared, case, unit)
+            n_bytes = kept_bytes(llama)
+            left = {item: _predict(session, llama, prepared, item) for item in unit.items}
+            seconds = time.perf_counter() - started
+            records: list[Record] = []
+            for item in unit.items:
+                wanted = _wanted(prepared, item)
+                values = answer_metrics(full[item], left[item], wanted)
+                if item < 0:
+                    values = {
+                        "kl": values["kl"],
+                        "top1": (_agreement(full[item], left[item]), 1.0),
+                        "nll": _negated(values["logprob"]),
+                    }
+                base = self._record(case, unit, item)
+                base = replace(base, kv_bytes=n_bytes, seconds=seconds / len(unit.items))
+                records += [
+                    replace(base, metric=name, value=value, full=whole)
+                    for name, (value, whole) in values.items()
+                ]
+            if unit.method.is_retrieval:
+                session.read(prepared)  # the passages took its place
+            yield unit, records
+
+    def _compress(self, session: EvalSession, prepared: Prepared, case: Case, unit: _Unit) -> Llama:
+        method, n_cells = unit.method, int(unit.share * len(prepared.context))
+        if method.is_full:
+            return session.full()
+        question = prepared.asked[unit.items[0]] if unit.question == "seen" else []
+        if method.policy is None:
+            passages = retrieve(
+                case.context,
+                case.questions[unit.items[0]].prompt,
+                session.tokenize,
+                n_cells - len(prepared.opening),
+            )
+            session.read(replace(prepared, context=prepared.opening + session.tokenize(passages)))
+            return session.full()
+        observe: Observe = method.observe
+        if question and observe == "tail":
+            observe = "question"
+        if unit.reading == "one-shot":
+            return session.one_shot(method.policy, method.allocation, n_cells, observe, question)
+        return session.streamed(
+            prepared, method.policy, method.allocation, n_cells, observe, question
+        )
+
+    def _record(self, case: Case, unit: _Unit, item: int) -> Record:
+        """A record of an item without its figures."""
+        question = case.questions[item] if item >= 0 else None
+        method = unit.method
+        observes = not (method.is_full or method.is_retrieval)
+        seen = unit.question == "seen"
+        return Record(
+            model=self._model.stem,
+            split=self._plan.split,
+            task=case.task,
+            case=case.name,
+            item="" if question is None else question.id,
+            kind="continuation" if question is None else question.kind,
+            depth=None if question is None else question.depth,
+            n_tokens=self._n_tokens,
+            method=method.label,
+            allocation=method.allocation,
+            observe=("question" if seen and method.observe == "tail" else method.observe)
+            if observes
+            else "",
+            reading=unit.reading,
+            question=unit.question,
+            kv_type=unit.kv_type,
+            share=unit.share,
+            kv_bytes=0,
+            seed=self._plan.seed,
+            metric="",
+            value=0.0,
+            full=None,
+            seconds=0.0,
+        )
+
+
+def kept_bytes(llama: Llama) -> int:
+    """Bytes of the rows that are held, with 4 for the position of each."""
+    info = llama._require_cache().kv.info()
+    row = info.n_bytes_cell / info.n_heads
+    return round(info.n_rows * (row + 4))
+
+
+def _metrics(item: int) -> set[str]:
+    return {"kl", "top1", "nll"} if item < 0 else {"kl", "exact", "accuracy", "logprob"}
+
+
+def _wanted(prepared: Prepared, item: int) -> list[int]:
+    return prepared.continuation[1:] if item < 0 else prepared.answer[item]
+
+
+def _predict(session: EvalSession, llama: Llama, prepared: Prepared, item: int) -> F64:
+    if item < 0:
+        return session.log_probabilities(llama, [], prepared.continuation)
+    given = prepared.asked[item] + prepared.lead[item]
+    return session.log_probabilities(llama, given, prepared.answer[item])
+
+
+def _agreement(full: F64, left: F64) -> float:
+    return float((full.argmax(axis=-1) == left.argmax(axis=-1)).mean())
+
+
+def _negated(pair: tuple[float, float | None]) -> tuple[float, float | None]:
+    value, whole = pair
+    return -value, None if whole is None else -whole
