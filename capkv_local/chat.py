@@ -58,7 +58,8 @@ class DocumentChat:
         GGUF file; None for :func:`~capkv_local.models.default_model`.
     kv_policy, kv_budget, kv_allocation, kv_observe, probe_stride, n_ctx
         As :class:`~capkv_local.Llama`; ``n_ctx`` None is the context that the model was trained
-        with.
+        with. By default a probe says what stays: reading takes about twice as long, and questions
+        that come later find several times as much (docs/evaluation.md).
     n_threads
         CPU threads; None for all.
     n_gpu_layers
@@ -83,7 +84,7 @@ class DocumentChat:
         kv_policy: str = "capkv",
         kv_budget: Budget | None = None,
         kv_allocation: str | None = None,
-        kv_observe: Observe = "tail",
+        kv_observe: Observe = "probe",
         probe_stride: int = 1,
         n_ctx: int | None = None,
         n_threads: int | None = None,
@@ -131,7 +132,7 @@ class DocumentChat:
         ----------
         question
             When it is known before reading, its tokens look at every chunk, so that the cells it
-            needs are kept, besides what a probe finds.
+            needs are kept (``observe="question"``); a probe knows less and does not look then.
         progress
             Called after each chunk.
 
@@ -166,7 +167,7 @@ class DocumentChat:
             else:
                 llama.prefill(
                     tokens,
-                    observe="question" if llama.kv_observe == "tail" else "probe",
+                    observe="question",
                     question=self._question_tokens(question),
                     progress=report,
                 )

@@ -84,8 +84,7 @@ class StreamingLlama(llama_cpp.Llama):
             questions that nobody knows yet; needs ``kv_observe="probe"``, which also makes it
             the default.
         question
-            Tokens of the question, needed with ``observe="question"``; with ``"probe"``, they
-            are observed in addition.
+            Tokens of the question, needed with ``observe="question"`` and only with it.
         progress
             Called after each chunk with (tokens done, tokens in all).
 
@@ -119,14 +118,15 @@ class StreamingLlama(llama_cpp.Llama):
 
     def _observers(self, observe: Observe | None, question: Sequence[int] | None) -> _Observers:
         observe = observe or ("tail" if self._probe is None else "probe")
-        if observe == "question" and not question:
-            raise ValueError('observe="question" needs the tokens of a question')
+        if (observe == "question") != bool(question):
+            raise ValueError('observe="question" needs the tokens of a question, nothing else does')
         if observe == "probe" and self._probe is None:
             raise ValueError('observe="probe" needs a Llama that was made with kv_observe="probe"')
-        asked = list(question or []) if observe != "tail" else []
+        asked = list(question or [])
         # The probe's cells stay free even if it does not look now: the next time it may.
         n_probe = 0 if self._probe is None else self._probe.n_scratch
-        return _Observers(asked, self._probe if observe == "probe" else None, len(asked) + n_probe)
+        probe = self._probe if observe == "probe" else None
+        return _Observers(asked, probe, len(asked) + n_probe)
 
     def _require_cache(self) -> CompactCache:
         if self._cache is None:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,6 +62,8 @@ def ask_command(
             f"the last argument is the question, but '{question}' is a file; add a question"
         )
     sources = read_sources(files)
+    if sources.session is None and options.kv_observe is None:
+        options = replace(options, kv_observe="tail")  # the question is known: nothing to probe for
     start = time.perf_counter()
     with contextlib.closing(open_chat(sources, options)) as session:
         loaded = time.perf_counter()

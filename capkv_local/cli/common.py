@@ -157,9 +157,9 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--observe",
         "kv_observe",
         type=click.Choice(("tail", "probe")),
-        help="What decides which cells matter: the end of what is read (with ask: the question), "
-        "or a probe that repeats all of it, for questions to come; takes about twice as long to "
-        "read. [default: tail]",
+        help="What decides which cells matter: a probe, which repeats what is read for questions "
+        "to come and takes as long again; or the tail of what is read, with ask the question. "
+        "[default: chat probe, ask tail]",
     ),
     click.option(
         "--probe-stride",

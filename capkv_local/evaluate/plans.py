@@ -32,7 +32,6 @@ PEERS_UNSEEN = (
 
 PEERS_SEEN = (
     "capkv",
-    "capkv+probe",
     "snapkv",
     "snapkv@adaptive-layer",
     "tova",

@@ -167,7 +167,10 @@ def _units(plan: Plan, case: Case) -> list[_Unit]:
                     if "unseen" in plan.questions and not method.is_retrieval:
                         units.append(_Unit(method, share, reading, "unseen", kv_type, unseen))
                     if "seen" in plan.questions:
-                        if method.is_retrieval and reading != "one-shot":
+                        # A probe does not hear questions; retrieval reads only what it found.
+                        if method.observe == "probe" or (
+                            method.is_retrieval and reading != "one-shot"
+                        ):
                             continue
                         for i in seen:
                             units.append(_Unit(method, share, reading, "seen", kv_type, (i,)))
@@ -255,9 +258,7 @@ class _Runner:
             )
             session.read(replace(prepared, context=prepared.opening + session.tokenize(passages)))
             return session.full()
-        observe: Observe = method.observe
-        if question and observe == "tail":
-            observe = "question"
+        observe: Observe = "question" if question else method.observe
         if unit.reading == "one-shot":
             return session.one_shot(method.policy, method.allocation, n_cells, observe, question)
         return session.streamed(
@@ -281,9 +282,7 @@ class _Runner:
             n_tokens=self._n_tokens,
             method=method.label,
             allocation=method.allocation,
-            observe=("question" if seen and method.observe == "tail" else method.observe)
-            if observes
-            else "",
+            observe=("question" if seen else method.observe) if observes else "",
             reading=unit.reading,
             question=unit.question,
             kv_type=unit.kv_type,

@@ -40,7 +40,7 @@ class CapKV(BasePolicy):
 
     With a probe, every cell has been looked for, and the sums are over all repeated tokens::
 
-        r_i = sum_q a_qi² over all repetitions so far     (no window; a question's is added, pooled)
+        r_i = sum_q a_qi² over all repetitions so far                   (no window, no maximum)
         w_i = pool_j(r_j) + probe_consensus * mean over all heads h of r_h,i
         s_i as above from w and probe_noise:   which cells a head keeps
         s_i as above from r and probe_noise:   how many (the n-th best of a head gets the n-th
@@ -131,9 +131,6 @@ class CapKV(BasePolicy):
             repeated = repeated + stats.carried
         stats.carry(repeated)
         own = np.where(open_, repeated, np.float32(0))
-        if not in_window(stats).any():  # the window lies behind the text: a question
-            asked = stats.window_attention(reduce="second_moment")
-            own = own + stats.n_queries * _pooled(asked, open_, self.pool)
         shared = _pooled(own, open_, self.probe_pool)
         shared = shared + self.probe_consensus * _mean_over_heads(stats.positions, own)
         return _in_order_of(

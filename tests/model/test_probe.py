@@ -165,15 +165,17 @@ def test_what_a_tail_call_reads_is_repeated_later(models: Models, tokens: list[i
     assert llama._require_cache().n_repeated == 1400
 
 
-def test_a_question_and_a_repetition_together(models: Models, tokens: list[int]) -> None:
+def test_a_question_decides_alone(models: Models, tokens: list[int]) -> None:
+    """What it keeps does not depend on a probe that could have looked."""
     question = llama_question(models)
-    alone = probing(models, kv_policy="capkv")
-    alone.prefill(tokens[:1000])
-    without = alone.kv_positions()
-    llama = probing(models, kv_policy="capkv")
-    llama.prefill(tokens[:1000], question=question)
-    assert llama.n_tokens == 1000
-    assert not np.array_equal(without, llama.kv_positions())
+    kept = []
+    for observe in ("probe", "tail"):
+        llama = probing(models, kv_policy="capkv", kv_observe=observe)
+        llama.prefill(tokens[:1000], observe="question", question=question)
+        kept.append(llama.kv_positions())
+    assert np.array_equal(*kept)
+    with pytest.raises(ValueError, match="nothing else does"):
+        llama.prefill(tokens[1000:1100], question=question)
 
 
 def llama_question(models: Models) -> list[int]:

@@ -242,7 +242,8 @@ def test_budget_value(text: str, value: float | str) -> None:
 
 def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
     run("ask", TXT, "why?")
-    assert fake.calls[0] == ("open", {"verbose": False})  # defaults are DocumentChat's
+    # Defaults are DocumentChat's, but for the probe: the question is known.
+    assert fake.calls[0] == ("open", {"verbose": False, "kv_observe": "tail"})
     fake.calls.clear()
     options = "--model m.gguf --policy knorm --budget 25% --n-ctx 999 --threads 3 --gpu-layers -1"
     more = "--type-k Q8_0 --type-v f16 --seed 7 --allocation uniform -v"

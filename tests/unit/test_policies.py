@@ -199,16 +199,13 @@ def test_capkv_adds_what_every_repetition_finds(prompt: ArrayStats) -> None:
     np.testing.assert_allclose(again.handed, 2 * once, rtol=1e-6)
 
 
-def test_capkv_with_a_probe_hears_a_question_but_no_tail(prompt: ArrayStats) -> None:
+def test_capkv_with_a_probe_does_not_hear_the_tail(prompt: ArrayStats) -> None:
     policy = get_policy("capkv")
     stats = dataclasses.replace(
         prompt.observed_by(policy), repeated_query=prompt.window_query[:, :, -40:]
     )
     turned = dataclasses.replace(stats, window_query=-stats.window_query)
     np.testing.assert_array_equal(policy.score(stats), policy.score(turned))
-    asked = dataclasses.replace(stats, n_tokens=stats.n_tokens + stats.n_queries)
-    other = dataclasses.replace(asked, window_query=-asked.window_query)
-    assert not np.array_equal(policy.score(asked), policy.score(other))
 
 
 def test_capkv_consensus_goes_by_token_not_by_cell() -> None:
