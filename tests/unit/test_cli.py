@@ -246,10 +246,11 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
     assert fake.calls[0] == ("open", {"verbose": False, "kv_observe": "tail"})
     fake.calls.clear()
     options = "--model m.gguf --policy knorm --budget 25% --n-ctx 999 --threads 3 --gpu-layers -1"
-    more = "--type-k Q8_0 --type-v f16 --seed 7 --allocation uniform -v"
+    more = "--type-k Q8_0 --type-v f16 --seed 7 --allocation uniform --observe probe -v"
     run("ask", TXT, "why?", *options.split(), *more.split())
     expected = {
         "model": Path("m.gguf"),
+        "kv_observe": "probe",
         "kv_policy": "knorm",
         "kv_budget": "25%",
         "kv_allocation": "uniform",

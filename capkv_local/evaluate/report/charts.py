@@ -53,15 +53,22 @@ def pareto(cells: Cells, styles: dict[str, Style], measure: Measure, panels: Pan
         _quality_axis(axes, measure, "y")
     _label_outer(grid, x="KV memory, MiB", y=measure.heading)
     handles = [
-        _mark(style.colour, style.marker, style.colour, name, style.line)
+        _mark(style.colour, style.marker, style.colour, _short(name), style.line)
         for name, style in styles.items()
         if name in shown
     ]
-    n_rows = math.ceil(len(handles) / 6)
+    # Columns are as wide as the longest name: about 115 characters fit side by side.
+    widest = max((len(str(handle.get_label())) for handle in handles), default=0) + 8
+    n_rows = math.ceil(len(handles) / max(1, 115 // widest))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / n_rows)
     )
     return figure
+
+
+def _short(name: str) -> str:
+    """A name for a legend: fields of a method can be many."""
+    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def _draw_line(axes: Axes, points: list[tuple[float, float]], style: Style, plain: bool) -> None:
