@@ -232,6 +232,7 @@ class Llama(StreamingLlama):
             As in the constructor; nothing changes.
         """
         cache = self._require_cache()
+        self._rewind(cache, 0)  # what reset() gave up is not evicted, it is gone
         info = cache.kv.info()
         budget = _parse(kv_budget, self._n_ctx, info.n_bytes_cell, cache.policy)
         n_cells = self._cells(cache.policy, budget)

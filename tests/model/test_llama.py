@@ -430,3 +430,15 @@ def test_a_stock_library_is_named_and_the_way_out(
         monkeypatch.undo()
         native._functions.cache_clear()
     native.require()
+
+
+def test_after_a_reset_the_budget_can_be_lowered(models: Models, tokens: list[int]) -> None:
+    """What was given up needs no eviction, for which nothing was observed."""
+    llama = models(kv_policy="snapkv", kv_budget=512)
+    llama.prefill(tokens[:700])
+    llama.reset()
+    llama.set_kv_policy("snapkv")
+    llama.set_kv_budget(128)
+    llama.prefill(tokens[:700])
+    assert llama.kv_stats().n_cells <= 128 + 128
+    llama.set_kv_budget(512)
