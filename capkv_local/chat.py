@@ -58,8 +58,8 @@ class DocumentChat:
         GGUF file; None for :func:`~capkv_local.models.default_model`.
     kv_policy, kv_budget, kv_allocation, kv_observe, probe_stride, n_ctx
         As :class:`~capkv_local.Llama`; ``n_ctx`` None is the context that the model was trained
-        with. By default a probe says what stays: reading takes about twice as long, and questions
-        that come later find several times as much (docs/evaluation.md).
+        with. By default a probe says what stays: reading takes two to three times as long, and
+        questions that come later find several times as much (docs/evaluation.md).
     n_threads
         CPU threads; None for all.
     n_gpu_layers

@@ -71,7 +71,7 @@ class Llama(StreamingLlama):
     kv_observe
         What tells a policy which cells matter: ``"tail"``, the last tokens of what is read;
         ``"probe"``, a repetition of all of it, for documents that are read before the question
-        is known (about as much work again; see :mod:`capkv_local.probe`).
+        is known (two to three times the work; see :mod:`capkv_local.probe`).
     probe_stride
         Observe with every n-th token of the repetition only: cheaper, at a loss
         (docs/evaluation.md).

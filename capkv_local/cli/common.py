@@ -158,7 +158,8 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "kv_observe",
         type=click.Choice(("tail", "probe")),
         help="What decides which cells matter: a probe, which repeats what is read for questions "
-        "to come and takes as long again; or the tail of what is read, with ask the question. "
+        "to come and takes two to three times as long; or the tail of what is read, with ask the "
+        "question. "
         "[default: chat probe, ask tail]",
     ),
     click.option(
