@@ -11,6 +11,7 @@ import pytest
 
 from capkv_local import Llama
 from capkv_local.models import default_model
+from capkv_local.policies import get_policy
 
 TEXT = Path(__file__).parent.parent / "data" / "licence.txt"
 
@@ -26,6 +27,11 @@ def decode(llama: Any, tokens: Sequence[int], n_past: int) -> np.ndarray[Any, An
     llama._ctx.decode(llama._batch)
     logits = np.ctypeslib.as_array(llama._ctx.get_logits(), (len(tokens), llama.n_vocab()))
     return logits.astype(np.float64)
+
+
+def observe_of(policy: str) -> str:
+    """What a policy cannot do without."""
+    return "probe" if "probe" in get_policy(policy).needs else "tail"
 
 
 class Models:

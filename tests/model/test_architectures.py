@@ -30,6 +30,7 @@ from capkv_local.native import Stat
 from capkv_local.native import cache_type as cache_type_number
 from capkv_local.policies import get_policy, policy_names
 from tests.model import oracle, tiny
+from tests.model.conftest import observe_of
 
 Array = np.ndarray[Any, Any]
 TOKENS: list[int] = np.random.default_rng(0).integers(0, tiny.N_VOCAB, 3000).tolist()
@@ -308,12 +309,16 @@ def test_attention_of_queries_older_than_every_cell(make: Make, load: Load) -> N
 
 
 @pytest.mark.parametrize("allocation", list(ALLOCATORS))
-@pytest.mark.parametrize("policy", [name for name in policy_names() if name != "full"])
+@pytest.mark.parametrize(
+    ("policy", "observe"),
+    [(name, observe_of(name)) for name in policy_names() if name != "full"] + [("capkv", "probe")],
+)
 def test_every_policy_with_every_allocation(
-    make: Make, load: Load, policy: str, allocation: str
+    make: Make, load: Load, policy: str, observe: str, allocation: str
 ) -> None:
     path = make(tiny.llama, n_layer=3, n_head=6, n_head_kv=3)
-    llama = load(path, kv_policy=policy, kv_allocation=allocation, **SMALL)
+    options = {"kv_policy": policy, "kv_allocation": allocation, "kv_observe": observe}
+    llama = load(path, **options, **SMALL)
     for i in range(0, 1000, 250):  # each round starts from heads of unequal length
         llama.prefill(TOKENS[i : i + 250])
         info = llama._cache.kv.info()

@@ -17,7 +17,7 @@ import capkv_local
 from capkv_local import BudgetError, ContextOverflow, Llama, ModelFileError, StateError, native
 from capkv_local.allocate import ALLOCATORS
 from capkv_local.policies import get_policy, policy_names
-from tests.model.conftest import Models
+from tests.model.conftest import Models, observe_of
 
 SMALL = {"kv_budget": 256, "n_ctx": 4096, "n_batch": 256}
 
@@ -72,9 +72,14 @@ def check_heads(positions: np.ndarray[Any, Any], n_tokens: int) -> None:
         assert (np.diff(held) > 0).all()
 
 
-@pytest.mark.parametrize("policy", [name for name in policy_names() if name != "full"])
-def test_every_policy_streams_a_long_prompt(models: Models, tokens: list[int], policy: str) -> None:
-    llama = models(kv_policy=policy, **SMALL)
+@pytest.mark.parametrize(
+    ("policy", "observe"),
+    [(name, observe_of(name)) for name in policy_names() if name != "full"] + [("capkv", "probe")],
+)
+def test_every_policy_streams_a_long_prompt(
+    models: Models, tokens: list[int], policy: str, observe: str
+) -> None:
+    llama = models(kv_policy=policy, kv_observe=observe, **SMALL)
     llama.prefill(tokens[:1500])
     stats = llama.kv_stats()
     assert (stats.policy, stats.n_tokens, stats.n_cells) == (policy, 1500, 256)
