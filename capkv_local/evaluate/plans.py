@@ -40,7 +40,7 @@ PEERS_SEEN = (
 )
 """What is compared when the question is observed, or searched for."""
 
-QUICK = ("capkv+probe", "capkv", "snapkv", "streaming")
+QUICK = ("capkv+probe", "capkv", "snapkv", "kvzip", "streaming")
 
 
 def make_plan(
