@@ -213,6 +213,7 @@ class StreamingLlama(llama_cpp.Llama):
                 known[key] = self._repeat(cache, probe, n_cells, n_question, reduce)
             return known[key].copy()
 
+        t_decode_s = self._t_decode_s
         try:
             # The question counts as seen: the observation window lies behind the text.
             keep, carry = cache.choose(
@@ -224,6 +225,8 @@ class StreamingLlama(llama_cpp.Llama):
         finally:
             if n_question:
                 self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        # Repeating is decoding, not scoring.
+        cache.counters.t_score_s -= self._t_decode_s - t_decode_s
         cache.apply(keep, carry)
         if probe is not None:
             cache.n_repeated = self.n_tokens

@@ -72,7 +72,7 @@ def make_plan(
     )
     if quick:
         # Five texts are the fewest on which a difference is ever called one.
-        plan = replace(plan, shares=(0.25,), n_tokens=(1024,), n_cases=5)
+        plan = replace(plan, shares=(0.25,), n_tokens=(768,), n_cases=5)
     return replace(plan, **given)
 
 
