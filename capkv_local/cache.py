@@ -16,6 +16,7 @@ from capkv_local.allocate import share_out
 from capkv_local.errors import BudgetError, PolicyError
 from capkv_local.native import F32, I32, KVCache, Mask, Stat
 from capkv_local.policies import Policy
+from capkv_local.policies.base import Reduce
 from capkv_local.select import contested, keep_mask
 
 # Share of a uniform budget that every head keeps whatever its scores say: heads that look idle
@@ -23,9 +24,9 @@ from capkv_local.select import contested, keep_mask
 FLOOR = 0.2
 
 # Computes the attention of a repetition on the first cells, see KVStats.probe_attention().
-Repeat = Callable[[Literal["mean", "max", "second_moment"]], F32]
+Repeat = Callable[[Reduce], F32]
 
-_ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
+ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
 
 
 def evicts(policy: Policy) -> bool:
@@ -107,19 +108,17 @@ class NativeStats:
     def window_attention(
         self,
         *,
-        reduce: Literal["mean", "max", "second_moment"] = "mean",
+        reduce: Reduce = "mean",
         per_query_head: bool = False,
     ) -> F32:
         return self._kv.score(
-            _ATTENTION[reduce],
+            ATTENTION[reduce],
             n_cells=self.n_cells,
             n_queries=self.n_queries,
             per_head=per_query_head,
         )
 
-    def probe_attention(
-        self, *, reduce: Literal["mean", "max", "second_moment"] = "mean"
-    ) -> F32 | None:
+    def probe_attention(self, *, reduce: Reduce = "mean") -> F32 | None:
         return None if self._repeat is None else self._repeat(reduce)
 
     def anchor(self, *, kind: Literal["cosine", "dot"] = "cosine", n_future: int = 512) -> F32:
@@ -201,15 +200,21 @@ class CompactCache:
         self.carried = None
         self.n_repeated = 0
 
-    def evict(self, *, n_tokens: int, n_cells: int, repeat: Repeat | None = None) -> None:
-        """Keep ``budget`` of the first ``n_cells`` cells per head, on average.
+    def choose(
+        self, *, n_tokens: int, n_cells: int, n_queries: int = 0, repeat: Repeat | None = None
+    ) -> tuple[Mask, F32 | None]:
+        """Cells to keep, ``[n_layer, n_head_kv, n_cells]``, and the relevance to carry with them.
+
+        They are ``budget`` of the first ``n_cells`` cells per head, on average.
 
         Parameters
         ----------
         n_tokens
             Logical tokens of the sequence in these cells.
         n_cells
-            Cells that take part; all used cells when the keep lists are applied.
+            Cells that take part; all used cells if the result is to be applied.
+        n_queries
+            So many of the last queries observe, 0 for the policy's window.
         repeat
             Where the policy finds the attention of a repetition.
 
@@ -219,16 +224,6 @@ class CompactCache:
             The policy never evicts.
         PolicyError
             The policy returned unusable scores; the cache is as it was.
-        """
-        keep, carry = self.choose(n_tokens=n_tokens, n_cells=n_cells, repeat=repeat)
-        self.apply(keep, carry)
-
-    def choose(
-        self, *, n_tokens: int, n_cells: int, n_queries: int = 0, repeat: Repeat | None = None
-    ) -> tuple[Mask, F32 | None]:
-        """Cells to keep, ``[n_layer, n_head_kv, n_cells]``, and the relevance to carry with them.
-
-        ``n_queries`` of the last queries observe, 0 for the policy's window.
         """
         if not self.evicts:
             raise BudgetError(

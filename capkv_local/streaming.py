@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
 
-from capkv_local.cache import CompactCache
+from capkv_local.cache import ATTENTION, CompactCache
 from capkv_local.errors import (
     BudgetError,
     ContextOverflow,
@@ -23,7 +23,7 @@ from capkv_local.errors import (
     UnsupportedModel,
 )
 from capkv_local.interrupt import deferred_interrupt
-from capkv_local.native import F32, Stat
+from capkv_local.native import F32
 from capkv_local.policies.base import Reduce
 from capkv_local.probe import Probe
 
@@ -160,10 +160,12 @@ class StreamingLlama(llama_cpp.Llama):
             longest = min(longest, self.context_params.n_ubatch)
         n_scratch = observers.n_scratch
         if n_scratch > longest:
+            n_question = len(observers.question)
+            what = f"a question of {n_question} tokens" if n_question else "the probe"
+            also = f", {n_scratch - n_question} of them for the probe" if self._probe else ""
             raise BudgetError(
-                f"a question of {n_scratch} tokens does not fit into the {longest} cells that it "
-                "can have: use a larger kv_room (with sliding windows: n_ubatch) or a shorter "
-                "question"
+                f"{what} does not fit into the {longest} cells that it can have{also}: use a "
+                "larger kv_room (with sliding windows: n_ubatch) or a shorter question"
             )
         return min(self.n_batch, free - n_scratch)
 
@@ -196,22 +198,21 @@ class StreamingLlama(llama_cpp.Llama):
         self,
         cache: CompactCache,
         observers: _Observers,
-        remember: dict[Hashable, F32] | None = None,
+        remember: dict[Reduce, F32] | None = None,
     ) -> None:
         """Look, choose, evict; ``remember`` spares repetitions of a text that is evicted anew."""
         n_question = len(observers.question)
         probe = observers.probe
         if observers.question:
-            self._decode_scratch(cache, observers.question, n_past=self.n_tokens)
+            self._decode_scratch(cache, observers.question)
         n_cells = cache.kv.info().n_cells - n_question
         known = {} if remember is None else remember
 
         def repeat(reduce: Reduce) -> F32:
             assert probe is not None
-            key = (reduce, tuple(observers.question))
-            if key not in known:
-                known[key] = self._repeat(cache, probe, n_cells, n_question, reduce)
-            return known[key].copy()
+            if reduce not in known:
+                known[reduce] = self._repeat(cache, probe, n_cells, reduce)
+            return known[reduce].copy()
 
         t_decode_s = self._t_decode_s
         try:
@@ -231,20 +232,16 @@ class StreamingLlama(llama_cpp.Llama):
         if probe is not None:
             cache.n_repeated = self.n_tokens
 
-    def _repeat(
-        self, cache: CompactCache, probe: Probe, n_cells: int, n_question: int, reduce: Reduce
-    ) -> F32:
+    def _repeat(self, cache: CompactCache, probe: Probe, n_cells: int, reduce: Reduce) -> F32:
         """Attention on the first ``n_cells`` cells while what is new in them is repeated."""
         info = cache.kv.info()
-        stat = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
         out = np.zeros((info.n_layer, info.n_head_kv, n_cells), np.float32)
-        n_past = self.n_tokens + n_question
         new = self.input_ids[: self.n_tokens].tolist()
         for piece, n_queries in probe.pieces(new, cache.n_repeated):
             try:
-                self._decode_scratch(cache, piece, n_past=n_past)
+                self._decode_scratch(cache, piece)
                 attention = cache.kv.score(
-                    stat[reduce],
+                    ATTENTION[reduce],
                     # The softmax goes over the piece, too: what it finds in itself, it does not
                     # need the text for.
                     n_cells=cache.kv.info().n_cells,
@@ -253,7 +250,7 @@ class StreamingLlama(llama_cpp.Llama):
                     per_head=reduce == "max",
                 )[..., :n_cells]
             finally:
-                self._ctx.kv_cache_seq_rm(-1, n_past, -1)
+                self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
             if reduce == "max":
                 grouped = attention.reshape(info.n_layer, info.n_head_kv, -1, n_cells)
                 np.maximum(out, grouped.max(axis=2), out=out)
@@ -261,13 +258,15 @@ class StreamingLlama(llama_cpp.Llama):
                 out += attention * n_queries
         return out
 
-    def _decode_scratch(self, cache: CompactCache, tokens: list[int], *, n_past: int) -> None:
+    def _decode_scratch(self, cache: CompactCache, tokens: list[int]) -> None:
         """Decode tokens behind the text for their queries only; the caller takes them back."""
         cache.pause_mean(True)
         try:
             for i in range(0, len(tokens), self.n_batch):
                 self._batch.set_batch(
-                    batch=tokens[i : i + self.n_batch], n_past=n_past + i, logits_all=False
+                    batch=tokens[i : i + self.n_batch],
+                    n_past=self.n_tokens + i,
+                    logits_all=False,
                 )
                 # No logits are wanted, and the output matrix is a good part of a small model.
                 self._batch.batch.logits[self._batch.n_tokens() - 1] = False

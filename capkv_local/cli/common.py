@@ -159,15 +159,14 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         type=click.Choice(("tail", "probe")),
         help="What decides which cells matter: a probe, which repeats what is read for questions "
         "to come and takes two to three times as long; or the tail of what is read, with ask the "
-        "question. "
-        "[default: chat probe, ask tail]",
+        "question. [default: chat probe, ask tail]",
     ),
     click.option(
         "--probe-stride",
         type=click.IntRange(1, 16),
         metavar="N",
-        help="Let the probe look with every N-th token only: faster, keeps a little less well. "
-        "[default: 1]",
+        help="Let the probe look with every N-th token only: hardly faster, and most details are "
+        "lost (docs/evaluation.md). [default: 1]",
     ),
     click.option(
         "--n-ctx",

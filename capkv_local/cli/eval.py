@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -99,24 +99,7 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     help="Folder of results and report; a run that was stopped goes on there.",
 )
 @debug_option
-def eval_command(
-    models: tuple[Path, ...],
-    quick: bool,
-    methods: tuple[str, ...],
-    shares: tuple[float, ...],
-    tasks: tuple[str, ...],
-    n_tokens: tuple[int, ...],
-    readings: tuple[str, ...],
-    questions: tuple[str, ...],
-    kv_types: tuple[str, ...],
-    n_cases: int | None,
-    split: str,
-    texts: Path | None,
-    kvpress: bool,
-    seed: int,
-    threads: int | None,
-    out: Path,
-) -> None:
+def eval_command(quick: bool, kvpress: bool, out: Path, **settings: Any) -> None:
     """Compress the cache of real texts in many ways and measure what is left.
 
     KL is between the predictions of the full and of the small cache, over the text that follows
@@ -139,22 +122,7 @@ def eval_command(
     from capkv_local.evaluate.report.table import print_tables
     from capkv_local.evaluate.run import run
 
-    plan = make_plan(
-        quick=quick,
-        models=models,
-        methods=methods,
-        shares=shares,
-        tasks=tasks,
-        n_tokens=n_tokens,
-        readings=readings,
-        questions=questions,
-        kv_types=tuple(kv_type.lower() for kv_type in kv_types),
-        n_cases=n_cases,
-        split=split,
-        texts=texts,
-        seed=seed,
-        threads=threads,
-    )
+    plan = make_plan(quick=quick, **settings)
     if kvpress:
         _check_with_kvpress(plan)
         return
@@ -167,10 +135,9 @@ def eval_command(
 
 
 def _check_with_kvpress(plan: Plan) -> None:
-    from capkv_local.evaluate.corpus import load_corpus, read_folder
     from capkv_local.evaluate.crosscheck import crosscheck, print_agreements
 
-    texts = load_corpus(plan.split) if plan.texts is None else read_folder(plan.split, plan.texts)
+    texts = plan.read_texts()
     # Two texts of different kinds: scores are compared, not qualities.
     chosen = [text.text for text in (texts[0], texts[-1])]
     found = [

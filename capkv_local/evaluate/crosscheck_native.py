@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from capkv_local import native
 from capkv_local.cache import NativeStats
 from capkv_local.errors import EvaluationError
+from capkv_local.evaluate.session import Everything
 from capkv_local.llama import Llama
-from capkv_local.policies import KVStats, get_policy
-from capkv_local.policies.base import F32, BasePolicy, Reduce
+from capkv_local.policies import get_policy
+from capkv_local.policies.base import F32, Reduce
 from capkv_local.template import ChatTemplate
 
 __all__ = ["Reading", "read_texts", "write_float32"]
@@ -49,17 +50,6 @@ class Reading:
     scores: dict[str, F32]
 
 
-@dataclass(frozen=True)
-class _Everything(BasePolicy):
-    """Observes what any policy may want; evicts nothing."""
-
-    name: ClassVar[str] = "crosscheck"
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "mean_query"})
-
-    def score(self, stats: KVStats) -> F32:
-        raise NotImplementedError("nothing is evicted while a text is read for a cross-check")
-
-
 def read_texts(
     model: Path, texts: Sequence[str], policies: Iterable[str], *, n_tokens: int, threads: int
 ) -> list[Reading]:
@@ -80,7 +70,7 @@ def read_texts(
         llama = Llama(
             copy,
             n_ctx=n_tokens,
-            kv_policy=_Everything(),
+            kv_policy=Everything(),
             kv_budget=n_tokens,
             kv_observe="probe",
             type_k=native.cache_type("f32"),
@@ -107,7 +97,7 @@ def _read(
     assert probe is not None
 
     def repeat(reduce: Reduce) -> F32:
-        return llama._repeat(cache, probe, n, 0, reduce)
+        return llama._repeat(cache, probe, n, reduce)
 
     scores = {}
     for name in policies:

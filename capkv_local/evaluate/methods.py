@@ -80,11 +80,8 @@ def parse_method(text: str) -> Method:
         raise EvaluationError(f"'{text}' observes '{observe}': write +probe or +tail")
     if needs_probe and observe == "tail":
         raise EvaluationError(f"'{text}': policy '{name}' needs +probe")
-    return Method(text, policy, "" if name == FULL else allocation, _literal(observe))
-
-
-def _literal(observe: str) -> Literal["tail", "probe"]:
-    return "probe" if observe == "probe" else "tail"
+    allocation = "" if name == FULL else allocation
+    return Method(text, policy, allocation, "probe" if observe == "probe" else "tail")
 
 
 def _fields(text: str, fields: str | None) -> dict[str, Any]:

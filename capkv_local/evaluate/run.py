@@ -20,7 +20,7 @@ from capkv_local.evaluate.records import Key, Record, Results, key
 from capkv_local.evaluate.retrieval import retrieve
 from capkv_local.evaluate.session import F64, EvalSession, Prepared, answer_metrics
 from capkv_local.evaluate.tasks import build_cases
-from capkv_local.evaluate.tasks.base import Case, Split
+from capkv_local.evaluate.tasks.base import Case, Split, Text
 from capkv_local.llama import Llama
 from capkv_local.streaming import Observe
 
@@ -79,6 +79,18 @@ class Plan:
     threads: int = 2
     texts: Path | None = None
 
+    def read_texts(self) -> list[Text]:
+        """The texts of the split.
+
+        Raises
+        ------
+        CorpusError
+            They cannot be had.
+        """
+        if self.texts is None:
+            return load_corpus(self.split)
+        return read_folder(self.split, self.texts)
+
 
 @dataclass(frozen=True)
 class _Unit:
@@ -109,13 +121,13 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
         A text, task, model or policy cannot be used; what was measured so far is in `results`.
     """
     done = results.done()
-    texts = load_corpus(plan.split) if plan.texts is None else read_folder(plan.split, plan.texts)
-    n_steps, n_done = 0, 0
-    jobs: list[tuple[Path, int, list[Case]]] = []
+    texts = plan.read_texts()
+    n_done = 0
+    jobs: list[tuple[Path, int, list[tuple[Case, list[_Unit]]]]] = []
     for model in plan.models:
-        for n_tokens in plan.n_tokens:
-            session = EvalSession(model, n_tokens=64, threads=plan.threads)
-            try:
+        session = EvalSession(model, n_tokens=64, threads=plan.threads)  # only to count tokens
+        try:
+            for n_tokens in plan.n_tokens:
                 cases = [
                     case
                     for task in plan.tasks
@@ -123,10 +135,10 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
                         task, plan.split, texts, session.tokenize, n_tokens, plan.n_cases, plan.seed
                     )
                 ]
-            finally:
-                session.close()
-            jobs.append((model, n_tokens, cases))
-            n_steps += sum(len(_units(plan, case)) for case in cases)
+                jobs.append((model, n_tokens, [(case, _units(plan, case)) for case in cases]))
+        finally:
+            session.close()
+    n_steps = sum(len(units) for _, _, planned in jobs for _, units in planned)
     if n_steps == 0:
         raise EvaluationError("nothing to measure: no text is long enough, or nothing was asked")
 
@@ -136,11 +148,10 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
         if progress is not None:
             progress(n_done, n_steps, what)
 
-    for model, n_tokens, cases in jobs:
+    for model, n_tokens, planned in jobs:
         runner = _Runner(plan, model, n_tokens)
         try:
-            for case in cases:
-                units = _units(plan, case)
+            for case, units in planned:
                 todo = [u for u in units if not runner.is_done(case, u, done)]
                 tick(len(units) - len(todo), f"{model.stem}: {case.task}, {case.name}")
                 for unit, records in runner.measure(case, todo):
@@ -240,8 +251,6 @@ class _Runner:
                     replace(base, metric=name, value=value, full=whole)
                     for name, (value, whole) in values.items()
                 ]
-            if unit.method.is_retrieval:
-                session.read(prepared)  # the passages took its place
             yield unit, records
 
     def _compress(self, session: EvalSession, prepared: Prepared, case: Case, unit: _Unit) -> Llama:
@@ -256,8 +265,7 @@ class _Runner:
                 session.tokenize,
                 n_cells - len(prepared.opening),
             )
-            session.read(replace(prepared, context=prepared.opening + session.tokenize(passages)))
-            return session.full()
+            return session.read_only(prepared.opening + session.tokenize(passages))
         observe: Observe = "question" if question else method.observe
         if unit.reading == "one-shot":
             return session.one_shot(method.policy, method.allocation, n_cells, observe, question)

@@ -5,7 +5,7 @@ What a method costs is measured against the same model with the full cache, on t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from capkv_local import native
 from capkv_local.evaluate.tasks.base import Case
 from capkv_local.llama import CompactedState, Llama
 from capkv_local.policies import KVStats, Policy
-from capkv_local.policies.base import F32, BasePolicy
+from capkv_local.policies.base import F32, BasePolicy, Reduce
 from capkv_local.streaming import Observe
 from capkv_local.template import ChatTemplate
 
@@ -30,7 +30,7 @@ MAX_WINDOW = 256
 
 
 @dataclass(frozen=True)
-class _Everything(BasePolicy):
+class Everything(BasePolicy):
     """Observes what any policy may want, while a text is read without evicting."""
 
     name: ClassVar[str] = "evaluation"
@@ -95,7 +95,7 @@ class EvalSession:
         self.model = model
         self._all = Llama(
             model,
-            kv_policy=_Everything(),
+            kv_policy=Everything(),
             kv_budget=n_tokens + N_BEHIND,
             kv_observe="probe",
             **self._options,
@@ -104,7 +104,7 @@ class EvalSession:
         self._template = ChatTemplate.of(self._all)
         self._state: CompactedState | None = None
         # What a repetition of the text that was read looked at: the same for all budgets.
-        self._repeated: dict[Hashable, F32] = {}
+        self._repeated: dict[Reduce, F32] = {}
 
     def close(self) -> None:
         for llama in (self._all, *self._streams.values()):
@@ -139,13 +139,17 @@ class EvalSession:
 
     def read(self, prepared: Prepared) -> None:
         """Read the context once, without evicting; :meth:`one_shot` starts from there."""
-        llama = self._all
-        llama.reset()  # type: ignore[no-untyped-call]
-        llama.prefill(prepared.context, observe="tail")
-        state = llama.save_state()
+        state = self.read_only(prepared.context).save_state()
         assert isinstance(state, CompactedState)
         self._state = state
         self._repeated.clear()
+
+    def read_only(self, tokens: Sequence[int]) -> Llama:
+        """The session with these tokens and no others; :meth:`full` goes back to what was read."""
+        llama = self._all
+        llama.reset()  # type: ignore[no-untyped-call]
+        llama.prefill(tokens, observe="tail")
+        return llama
 
     def full(self) -> Llama:
         """The session with all cells of what was read."""
@@ -256,4 +260,5 @@ def answer_metrics(
             "logprob": float(x[index].mean()),
         }
 
-    return {"kl": (kl, None)} | {name: (value, of(full)[name]) for name, value in of(left).items()}
+    whole = of(full)
+    return {"kl": (kl, None)} | {name: (value, whole[name]) for name, value in of(left).items()}

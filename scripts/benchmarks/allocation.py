@@ -97,7 +97,7 @@ class Bench:
         before = self.cache.policy, self.cache.allocation, self.cache.budget
         self.llama.load_state(self.state)
         self.cache.policy, self.cache.allocation, self.cache.budget = policy, allocation, n_cells
-        self.cache.evict(n_tokens=N_READ, n_cells=N_READ)
+        self.cache.apply(*self.cache.choose(n_tokens=N_READ, n_cells=N_READ))
         self.cache.policy, self.cache.allocation, self.cache.budget = before
 
     def log_probabilities(self, tokens: list[int]) -> np.ndarray[Any, Any]:

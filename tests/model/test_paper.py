@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from capkv_local.cache import NativeStats
+from capkv_local.evaluate.crosscheck_native import write_float32
 from capkv_local.policies import get_policy
 from tests.golden.array_stats import golden_raw, golden_scores
 from tests.model.capture import Session
@@ -41,25 +41,6 @@ TABLE = [
     Row("snapkv", 1e-5, 2e-3, 1e-5),
     Row("tova", 1e-5, 4e-3, 2e-6),
 ]
-
-
-def write_float32(source: Path, target: Path) -> None:
-    """The same model, every tensor dequantised to float32."""
-    reader = GGUFReader(source)
-    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        value = 0 if name == "general.file_type" else field.contents()  # 0: all float32
-        kind = field.types[0]
-        sub_type = field.types[-1] if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(name, value, kind, sub_type=sub_type)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, quants.dequantize(tensor.data, tensor.tensor_type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_it_leaves_nothing_behind(models: Models, tokens: list[int]) -> None:
         )
 
     before = look()
-    repeated = llama._repeat(cache, llama._probe, N_READ, 0, "mean")
+    repeated = llama._repeat(cache, llama._probe, N_READ, "mean")
     after = look()
     assert repeated.max() > 0
     for one, other in zip(before[:2], after[:2], strict=True):
@@ -128,7 +128,7 @@ def test_the_mean_query_does_not_hear_the_repetition(models: Models, tokens: lis
         return cache.kv.score(Stat.ANCHOR_DOT, n_cells=N_READ, n_future=16)
 
     before = anchor()
-    llama._repeat(cache, llama._probe, N_READ, 0, "mean")
+    llama._repeat(cache, llama._probe, N_READ, "mean")
     assert np.array_equal(before, anchor())
 
 
