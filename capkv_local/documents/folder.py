@@ -1,0 +1,185 @@
+"""Folders: every document in them, in a stable order, and what was left out and why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from capkv_local.documents.base import MIB, DocumentStream, short
+from capkv_local.documents.files import reading
+from capkv_local.documents.opening import open_document
+from capkv_local.errors import DocumentError
+
+if TYPE_CHECKING:
+    from pathspec import GitIgnoreSpec
+
+# Larger text files in a folder are data, not something to read. Formats with pictures may be.
+_LARGEST_TEXT = 4 * MIB
+_MOST_FILES = 10_000
+# What package managers and builds put among the sources of a project.
+_VENDOR = {"node_modules", "bower_components", "vendor", "third_party", "site-packages"}
+_VENDOR |= {"__pycache__", "venv", "virtualenv"}
+_N_NAMES = 3  # shown for each reason
+
+
+@dataclass
+class Folder:
+    """The documents of a folder.
+
+    Attributes
+    ----------
+    path
+        The folder, without links in it.
+    documents
+        Files of a folder before its subfolders, both by name; a document's name is its path from
+        the folder's parent.
+    skipped
+        Names of files and subfolders that are left out, by reason.
+    """
+
+    path: Path
+    documents: list[DocumentStream] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """What was left out, as one line; empty if nothing was."""
+        reasons = []
+        for reason, names in self.skipped.items():
+            shown = ", ".join(names[:_N_NAMES]) + (", ..." if len(names) > _N_NAMES else "")
+            reasons.append(f"{len(names):,} {reason} ({shown})")
+        return f"skipped in {self.path.name}: {'; '.join(reasons)}" if reasons else ""
+
+    def _skip(self, reason: str, name: str) -> None:
+        self.skipped.setdefault(reason, []).append(name)
+
+
+def read_documents(path: str | Path) -> Folder:
+    """Open the documents of a folder and its subfolders, to be read one after the other.
+
+    Left out are hidden files, what ``.gitignore`` files say, folders of dependencies
+    (``node_modules``, ...), links to folders (so that a loop of them does not matter), text files
+    over 4 MiB, and whatever cannot be read as text.
+
+    Raises
+    ------
+    DocumentError
+        No such folder, more than 10,000 files, or none that can be read.
+    """
+    with reading(Path(path)):
+        os.scandir(path).close()
+        root = Path(path).resolve()
+    folder = Folder(root)
+    for file, relative in _walk(folder, root, _rules_above(root)):
+        if len(folder.documents) == _MOST_FILES:
+            raise DocumentError(
+                f"'{path}' has more than {_MOST_FILES:,} documents; give the subfolders that matter"
+            )
+        try:
+            document = open_document(file)
+        except DocumentError as error:
+            folder._skip(_reason(error), relative)
+            continue
+        if document.kind in ("text", "markdown") and file.stat().st_size > _LARGEST_TEXT:
+            folder._skip(f"over {_LARGEST_TEXT // MIB} MiB", relative)
+            continue
+        document.name = f"{root.name}/{relative}"
+        document.heading = f"File: {document.name}"
+        folder.documents.append(document)
+    if not folder.documents:
+        what = f" ({folder.summary})" if folder.skipped else ""
+        raise DocumentError(f"'{path}' has no documents in it{what}; give the files themselves")
+    return folder
+
+
+def _reason(error: DocumentError) -> str:
+    """Kind of a refusal, so that many are told in few words."""
+    words = ("binary", "empty", "encrypted", "damaged", "cut short", "a scan", "an image")
+    found = next((word for word in words if word in str(error)), None)
+    named = {"a scan": "without text (scans, perhaps)", "an image": "images"}
+    return "not readable as text" if found is None else named.get(found, found)
+
+
+# A file of rules, and the folder that its patterns start from.
+_Rules = tuple[tuple[Path, "GitIgnoreSpec"], ...]
+
+
+def _walk(folder: Folder, directory: Path, rules: _Rules) -> Iterator[tuple[Path, str]]:
+    """Files that may be documents, with their names as shown."""
+    try:
+        with os.scandir(directory) as scanned:
+            entries = sorted(scanned, key=lambda entry: (entry.is_dir(), entry.name))
+    except OSError as error:
+        folder._skip(f"not readable ({short(error)})", _shown(folder, directory))
+        return
+    rules += _rules_of(directory)
+    for entry in entries:
+        path = directory / entry.name
+        name = _shown(folder, path)
+        is_folder = entry.is_dir()
+        if entry.name.startswith("."):
+            folder._skip("hidden", name)
+        elif is_folder and entry.is_symlink():
+            folder._skip("links to folders", name)
+        elif is_folder and (entry.name in _VENDOR or (path / "pyvenv.cfg").exists()):
+            folder._skip("folders of dependencies", name)
+        elif _ignored(path, is_folder, rules):
+            folder._skip("ignored by .gitignore", name)
+        elif is_folder:
+            yield from _walk(folder, path, rules)
+        elif not entry.is_file():
+            folder._skip("not regular files", name)
+        elif entry.is_symlink() and path.resolve().is_relative_to(folder.path):
+            folder._skip("links to files in it", name)
+        else:
+            yield path, name
+
+
+def _shown(folder: Folder, path: Path) -> str:
+    # A name that is not UTF-8 must not break the line that shows it, nor the model's tokenizer.
+    return path.relative_to(folder.path).as_posix().encode("utf-8", "replace").decode()
+
+
+# ---- .gitignore --------------------------------------------------------------------------------
+
+
+def _rules_of(directory: Path) -> _Rules:
+    file = directory / ".gitignore"
+    if not file.is_file():
+        return ()
+    from pathspec import GitIgnoreSpec
+
+    with contextlib.suppress(OSError):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        return ((directory, GitIgnoreSpec.from_lines(lines)),)
+    return ()
+
+
+def _rules_above(root: Path) -> _Rules:
+    """Rules of the repository that a folder is in, unless they would leave out the folder itself.
+
+    Who names a folder wants it read, ignored or not.
+    """
+    above: _Rules = ()
+    if (root / ".git").exists():
+        return above
+    for n, directory in enumerate(root.parents):
+        above = _rules_of(directory) + above
+        if (directory / ".git").exists():
+            inside = [root, *list(root.parents)[:n]]
+            return () if any(_ignored(path, True, above) for path in inside) else above
+    return ()
+
+
+def _ignored(path: Path, is_folder: bool, rules: _Rules) -> bool:
+    """Whether the rules leave a file out: the deepest file of rules that says anything decides."""
+    for directory, spec in reversed(rules):
+        relative = path.relative_to(directory).as_posix()
+        verdict = spec.check_file(f"{relative}/" if is_folder else relative).include
+        if verdict is not None:
+            return verdict
+    return False
