@@ -90,7 +90,7 @@ class Document:
     def parts(self) -> Iterator[Part]:
         """The text in its passages."""
         ends = [*(passage.start for passage in self.passages[1:]), len(self.text)]
-        for passage, end in zip(self.passages, ends, strict=True):
+        for passage, end in zip(self.passages, ends, strict=False):  # an empty text has none
             yield Part(self.text[passage.start : end], passage.place, end)
 
     def source(self, offset: int) -> Source:
@@ -206,9 +206,9 @@ def clean(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def short(error: BaseException) -> str:
-    """First words of an error of a library, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def short(text: object) -> str:
+    """First words of a title, or of an error of a library, on one line."""
+    text = " ".join(str(text).split()) or (type(text).__name__ if text else "")
     return text if len(text) <= 80 else text[:79] + "…"
 
 

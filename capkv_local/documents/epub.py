@@ -45,7 +45,7 @@ def _chapters(file: Input) -> Iterator[Part]:
             page = parse(source, _member(source, archive, name))
             if page.text:
                 number += 1
-                title = next(iter(page.headings.values()), page.title)
+                title = short(next(iter(page.headings.values()), page.title))
                 place = Place("chapter", number, number, title)
                 yield Part(page.text, place, n_bytes * (i + 1) // len(pages))
 

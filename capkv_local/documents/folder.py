@@ -112,7 +112,7 @@ def _walk(folder: Folder, directory: Path, rules: _Rules) -> Iterator[tuple[Path
     """Files that may be documents, with their names as shown."""
     try:
         with os.scandir(directory) as scanned:
-            entries = sorted(scanned, key=lambda entry: (entry.is_dir(), entry.name))
+            entries = sorted(scanned, key=lambda entry: (_is_folder(entry), entry.name))
     except OSError as error:
         folder._skip(f"not readable ({short(error)})", _shown(folder, directory))
         return
@@ -120,7 +120,7 @@ def _walk(folder: Folder, directory: Path, rules: _Rules) -> Iterator[tuple[Path
     for entry in entries:
         path = directory / entry.name
         name = _shown(folder, path)
-        is_folder = entry.is_dir()
+        is_folder = _is_folder(entry)
         if entry.name.startswith("."):
             folder._skip("hidden", name)
         elif is_folder and entry.is_symlink():
@@ -131,12 +131,18 @@ def _walk(folder: Folder, directory: Path, rules: _Rules) -> Iterator[tuple[Path
             folder._skip("ignored by .gitignore", name)
         elif is_folder:
             yield from _walk(folder, path, rules)
-        elif not entry.is_file():
+        elif not path.is_file():
             folder._skip("not regular files", name)
         elif entry.is_symlink() and path.resolve().is_relative_to(folder.path):
             folder._skip("links to files in it", name)
         else:
             yield path, name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):  # a link to itself
+        return entry.is_dir()
+    return False
 
 
 def _shown(folder: Folder, path: Path) -> str:

@@ -84,7 +84,7 @@ class Page:
                     yield Part(clean("".join(out)), Place("paragraph", first, number, title), done)
                     out, n_chars, first = [], 0, number + 1
                 number += 1
-                title = self.headings.get(i, title)
+                title = short(self.headings.get(i, title))
             out.append(line if i == filled[-1] else f"{line}\n")
             n_chars += len(line)
         yield Part(clean("".join(out)), Place("paragraph", first, number, title), n_bytes)

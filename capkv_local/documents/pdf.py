@@ -16,8 +16,8 @@ from capkv_local.sources import Place
 if TYPE_CHECKING:
     from pypdf import PdfReader
 
-# A reader keeps every object it has met; a new one now and then keeps memory flat.
-_PAGES_PER_READER = 100
+# A reader keeps every object it has met, images too, until it is told to forget them.
+_PAGES_KEPT = 50
 
 
 def pdf_parts(file: Input, notes: list[str]) -> Iterator[Part]:
@@ -36,14 +36,13 @@ def _pages(file: Input, notes: list[str]) -> Iterator[Part]:
     with file.open() as opened:
         _refuse_cut(source, opened)
         n_bytes = opened.seek(0, io.SEEK_END)
-        empty, images, n_pages = [], [], 1
-        number = 0
-        while number < n_pages:
-            if number % _PAGES_PER_READER == 0:
-                with _library(source, "damaged"):
-                    reader = _reader(source, opened)
-                    n_pages = len(reader.pages)
-            number += 1
+        with _library(source, "damaged"):
+            reader = _reader(source, opened)
+            n_pages = len(reader.pages)
+        empty, images = [], []
+        for number in range(1, n_pages + 1):
+            if number % _PAGES_KEPT == 0:
+                reader.resolved_objects.clear()
             with _library(source, f"damaged on page {number}"):
                 page = reader.pages[number - 1]
                 text = clean(page.extract_text()).strip()
@@ -52,6 +51,8 @@ def _pages(file: Input, notes: list[str]) -> Iterator[Part]:
                     if _has_image(page):
                         images.append(number)
             yield Part(text, Place("page", number, number), n_bytes * number // n_pages)
+    if n_pages == 0:
+        raise DocumentError(f"'{source}' has no pages; download or export the PDF again")
     if len(empty) == n_pages:
         where = "its only page" if n_pages == 1 else f"any of its {n_pages} pages"
         raise DocumentError(
