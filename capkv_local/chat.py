@@ -133,9 +133,9 @@ class DocumentChat:
         room = llama.n_ctx() - n_before - _REPLY_TOKENS
         reading = Reading(documents, Vocabulary(llama), opening)
         reading.ahead(room + 1, Meter(llama, reading, progress))
-        if (total := reading.total) is not None and total > (
-            room if reading.complete else 2 * room
-        ):
+        total = reading.total or 0
+        # Of more than could be counted there is an estimate, which may be wrong.
+        if reading.n_tokens > room or total > 2 * room:
             about = "" if reading.complete else "about "
             raise self._overflow(f"the documents have {about}{total} tokens", room)
         looks: dict[str, Any] = {}

@@ -81,10 +81,10 @@ class Tokeniser(Generic[Mark]):
         self,
         tokenize: Callable[[bytes], list[int]],
         sizes: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]],
-        block: int = _BLOCK,
+        block: int | None = None,
     ) -> None:
         self._tokenize, self._sizes = tokenize, sizes
-        self._block = block
+        self._block = block = block or _BLOCK
         self._try_at = block  # length of the text at which a cut is looked for
         self._text = ""  # not tokenised yet
         self._before = ""  # the character before it

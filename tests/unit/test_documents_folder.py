@@ -44,25 +44,23 @@ def test_documents_know_where_they_are(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_told_by_reason(tmp_path: Path) -> None:
-    root = tree(
-        tmp_path / "src",
-        **{
-            "a.txt": "a",
-            ".env": "secret",
-            ".hidden__a.txt": "a",
-            "node_modules__x__index.js": "x",
-            "my_env__pyvenv.cfg": "x",
-            "logo.png": b"\x89PNG....",
-            "data.bin": b"\0\1",
-            "data2.bin": b"\0\1",
-            "data3.bin": b"\0\1",
-            "data4.bin": b"\0\1",
-            "empty.txt": "",
-            "big.csv": "1,2,3\n" * 800_000,
-            "scan.pdf": (DATA / "scanned.pdf").read_bytes(),
-            "secret.pdf": (DATA / "encrypted.pdf").read_bytes(),
-        },
-    )
+    files: dict[str, str | bytes] = {
+        "a.txt": "a",
+        ".env": "secret",
+        ".hidden__a.txt": "a",
+        "node_modules__x__index.js": "x",
+        "my_env__pyvenv.cfg": "x",
+        "logo.png": b"\x89PNG....",
+        "data.bin": b"\0\1",
+        "data2.bin": b"\0\1",
+        "data3.bin": b"\0\1",
+        "data4.bin": b"\0\1",
+        "empty.txt": "",
+        "big.csv": "1,2,3\n" * 800_000,
+        "scan.pdf": (DATA / "scanned.pdf").read_bytes(),
+        "secret.pdf": (DATA / "encrypted.pdf").read_bytes(),
+    }
+    root = tree(tmp_path / "src", **files)
     found = read_documents(root)
     assert [document.name for document in found.documents] == ["src/a.txt"]
     assert found.skipped == {

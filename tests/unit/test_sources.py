@@ -23,7 +23,8 @@ RANGES = st.lists(st.tuples(st.integers(0, 30), SOURCES), max_size=20)  # (lengt
 
 
 def filled(ranges: list[tuple[int, Source | None]]) -> tuple[SourceMap, list[Source | None]]:
-    sources, expected = SourceMap(), []
+    sources = SourceMap()
+    expected: list[Source | None] = []
     for length, source in ranges:
         sources.mark(len(expected), source)
         expected += [source] * length
