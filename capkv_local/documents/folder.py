@@ -50,8 +50,9 @@ class Folder:
         """What was left out, as one line; empty if nothing was."""
         reasons = []
         for reason, names in self.skipped.items():
-            shown = ", ".join(names[:_N_NAMES]) + (", ..." if len(names) > _N_NAMES else "")
-            reasons.append(f"{len(names):,} {reason} ({shown})")
+            shown = ", ".join(names[:_N_NAMES])
+            few = len(names) <= _N_NAMES
+            reasons.append(f"{reason}: {shown if few else f'{len(names):,} ({shown}, ...)'}")
         return f"skipped in {self.path.name}: {'; '.join(reasons)}" if reasons else ""
 
     def _skip(self, reason: str, name: str) -> None:

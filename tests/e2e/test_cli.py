@@ -61,7 +61,7 @@ def test_ask_reads_a_folder_and_says_what_it_left_out(tmp_path: Path) -> None:
     run = capkv("ask", str(folder), QUESTION, "--max-tokens", "40")
     assert run.returncode == 0, run.stderr
     assert "48213" in run.stdout
-    assert run.stderr == "skipped in notes: 1 images (photo.png)\n"
+    assert run.stderr == "skipped in notes: images: photo.png\n"
 
 
 def test_ask_does_not_take_a_part_of_a_pipe_for_the_whole() -> None:

@@ -73,8 +73,8 @@ def test_what_is_left_out_is_told_by_reason(tmp_path: Path) -> None:
         "encrypted": ["secret.pdf"],
         "folders of dependencies": ["my_env", "node_modules"],
     }
-    assert found.summary.startswith("skipped in src: 2 hidden (.env, .hidden); 1 over 4 MiB (big")
-    assert "4 binary (data.bin, data2.bin, data3.bin, ...)" in found.summary
+    assert found.summary.startswith("skipped in src: hidden: .env, .hidden; over 4 MiB: big.csv;")
+    assert "binary: 4 (data.bin, data2.bin, data3.bin, ...)" in found.summary
 
 
 def test_gitignore(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DocumentError, match="has no documents in it; give"):
         read_documents(tmp_path)
     tree(tmp_path, **{"a.bin": b"\0"})
-    with pytest.raises(DocumentError, match=r"no documents in it \(skipped in .*: 1 binary"):
+    with pytest.raises(DocumentError, match=r"no documents in it \(skipped in .*: binary: a.bin"):
         read_documents(tmp_path)
     tree(tmp_path, **{"a.txt": "a", "b.txt": "b"})
     monkeypatch.setattr(folder_module, "_MOST_FILES", 1)
