@@ -75,10 +75,10 @@ def read_documents(path: str | Path) -> Folder:
         os.scandir(path).close()
         root = Path(path).resolve()
     folder = Folder(root)
-    for file, relative in _walk(folder, root, _rules_above(root)):
-        if len(folder.documents) == _MOST_FILES:
+    for n_files, (file, relative) in enumerate(_walk(folder, root, _rules_above(root))):
+        if n_files == _MOST_FILES:
             raise DocumentError(
-                f"'{path}' has more than {_MOST_FILES:,} documents; give the subfolders that matter"
+                f"'{path}' has more than {_MOST_FILES:,} files; give the subfolders that matter"
             )
         try:
             document = open_document(file)

@@ -150,5 +150,5 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_documents(tmp_path)
     tree(tmp_path, **{"a.txt": "a", "b.txt": "b"})
     monkeypatch.setattr(folder_module, "_MOST_FILES", 1)
-    with pytest.raises(DocumentError, match="more than 1 documents; give the subfolders"):
+    with pytest.raises(DocumentError, match="more than 1 files; give the subfolders"):
         read_documents(tmp_path)
