@@ -81,11 +81,16 @@ def read_documents(path: str | Path) -> Folder:
                 f"'{path}' has more than {_MOST_FILES:,} files; give the subfolders that matter"
             )
         try:
+            with reading(file):
+                size = file.stat().st_size
+            if size == 0:  # not even opened: what the system shows in /proc can block
+                folder._skip("empty", relative)
+                continue
             document = open_document(file)
         except DocumentError as error:
             folder._skip(_reason(error), relative)
             continue
-        if document.kind in ("text", "markdown") and file.stat().st_size > _LARGEST_TEXT:
+        if document.kind in ("text", "markdown") and size > _LARGEST_TEXT:
             folder._skip(f"over {_LARGEST_TEXT // MIB} MiB", relative)
             continue
         document.name = f"{root.name}/{relative}"
