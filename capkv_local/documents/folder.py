@@ -125,24 +125,36 @@ def _walk(folder: Folder, directory: Path, rules: _Rules) -> Iterator[tuple[Path
     rules += _rules_of(directory)
     for entry in entries:
         path = directory / entry.name
-        name = _shown(folder, path)
-        is_folder = _is_folder(entry)
-        if entry.name.startswith("."):
-            folder._skip("hidden", name)
-        elif is_folder and entry.is_symlink():
-            folder._skip("links to folders", name)
-        elif is_folder and (entry.name in _VENDOR or (path / "pyvenv.cfg").exists()):
-            folder._skip("folders of dependencies", name)
-        elif _ignored(path, is_folder, rules):
-            folder._skip("ignored by .gitignore", name)
-        elif is_folder:
+        try:
+            reason = _left_out(folder, entry, path, rules)
+        except OSError:  # a link through a folder that may not be looked into
+            reason = "not readable"
+        if reason is not None:
+            folder._skip(reason, _shown(folder, path))
+        elif _is_folder(entry):
             yield from _walk(folder, path, rules)
-        elif not path.is_file():
-            folder._skip("not regular files", name)
-        elif entry.is_symlink() and path.resolve().is_relative_to(folder.path):
-            folder._skip("links to files in it", name)
         else:
-            yield path, name
+            yield path, _shown(folder, path)
+
+
+def _left_out(folder: Folder, entry: os.DirEntry[str], path: Path, rules: _Rules) -> str | None:
+    """Why a file or folder is not looked into; None if it is."""
+    is_folder = _is_folder(entry)
+    if entry.name.startswith("."):
+        return "hidden"
+    if is_folder and entry.is_symlink():
+        return "links to folders"
+    if is_folder and (entry.name in _VENDOR or (path / "pyvenv.cfg").exists()):
+        return "folders of dependencies"
+    if _ignored(path, is_folder, rules):
+        return "ignored by .gitignore"
+    if is_folder:
+        return None
+    if not path.is_file():
+        return "not regular files"
+    if entry.is_symlink() and path.resolve().is_relative_to(folder.path):
+        return "links to files in it"
+    return None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
