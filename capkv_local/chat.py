@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,38 +13,21 @@ import numpy as np
 
 from capkv_local import native
 from capkv_local.cache import KVCacheStats
-from capkv_local.documents import Document
+from capkv_local.documents import Document, DocumentStream
 from capkv_local.errors import ContextOverflow, StateError
 from capkv_local.llama import Budget, CompactedState, Llama, Observe
 from capkv_local.models import default_model, fingerprint
 from capkv_local.policies import get_policy
+from capkv_local.reading import IngestProgress, IngestReport, Meter, Reading
 from capkv_local.session import read_session, write_session
+from capkv_local.sources import SourceMap
 from capkv_local.template import ChatTemplate
+from capkv_local.tokenise import Vocabulary
+
+__all__ = ["DocumentChat", "IngestProgress", "IngestReport"]
 
 # Tokens of the context that a document must leave for the question and its answer.
 _REPLY_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class IngestProgress:
-    """Where reading is: tokens done and in all, seconds so far, cells and KV bytes used."""
-
-    done: int
-    total: int
-    seconds: float
-    n_cells: int
-    kv_bytes: int
-
-
-@dataclass(frozen=True)
-class IngestReport:
-    """What was read; ``complete`` is False after Ctrl-C, which keeps what was read so far."""
-
-    tokens: int
-    seconds: float
-    complete: bool
-    n_cells: int
-    kv_bytes: int
 
 
 class DocumentChat:
@@ -116,17 +97,18 @@ class DocumentChat:
         # Where the conversation stands: before it, in a user message, or behind an answer.
         self._place: Literal["start", "user", "answer"] = "start"
         self._pending: list[int] = []  # sampled, but not decoded yet
+        self._sources = SourceMap()  # which document each token is of
 
     # -- reading -------------------------------------------------------------------------------
 
     def ingest(
         self,
-        documents: Sequence[Document],
+        documents: Sequence[Document | DocumentStream],
         *,
         question: str | None = None,
         progress: Callable[[IngestProgress], None] | None = None,
     ) -> IngestReport:
-        """Read documents into the conversation.
+        """Read documents into the conversation; a document may be larger than memory.
 
         Parameters
         ----------
@@ -134,51 +116,48 @@ class DocumentChat:
             When it is known before reading, its tokens look at every chunk, so that the cells it
             needs are kept (``observe="question"``); a probe knows less and does not look then.
         progress
-            Called after each chunk.
+            Called while tokens are counted, and after each chunk.
 
         Raises
         ------
         ContextOverflow
-            Documents and a reply do not fit the context; nothing is read.
+            Documents and a reply do not fit the context. Nothing is read, unless a pipe is among
+            them (or over a million tokens): then what fits has been read and stays, as
+            ``n_read`` says.
+        DocumentError
+            A document turns out to be damaged; what was read before stays.
         """
         llama = self.llama
-        tokens = self._user_tokens() + self._document_tokens(documents)
-        room = llama.n_ctx() - llama.n_tokens - _REPLY_TOKENS
-        if len(tokens) > room:
-            trained = llama._model.n_ctx_train()
-            raise ContextOverflow(
-                f"the documents have {len(tokens)} tokens, the context has room for {max(room, 0)} "
-                f"of {llama.n_ctx()} (the model was trained with {trained}): use a larger --n-ctx, "
-                "a model with a longer context, or less text"
-            )
-        started = time.perf_counter()
-        done_before = llama.n_tokens
-
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                stats = llama.kv_stats()
-                seconds = time.perf_counter() - started
-                progress(IngestProgress(done, total, seconds, stats.n_cells, stats.kv_bytes))
-
-        complete = True
+        opening = self._user_tokens()
+        n_before = llama.n_tokens
+        room = llama.n_ctx() - n_before - _REPLY_TOKENS
+        reading = Reading(documents, Vocabulary(llama), opening)
+        reading.ahead(room + 1, Meter(llama, reading, progress))
+        total = reading.total or 0
+        # Of more than could be counted there is an estimate, which may be wrong.
+        if reading.n_tokens > room or total > 2 * room:
+            about = "" if reading.complete else "about "
+            raise self._overflow(f"the documents have {about}{total} tokens", room)
+        looks: dict[str, Any] = {}
+        if question is not None:
+            looks = {"observe": "question", "question": self._question_tokens(question)}
+        meter, complete = Meter(llama, reading, progress), True
         try:
-            if question is None:
-                llama.prefill(tokens, progress=report)
-            else:
-                llama.prefill(
-                    tokens,
-                    observe="question",
-                    question=self._question_tokens(question),
-                    progress=report,
-                )
+            for tokens, last in reading.pieces():
+                left = max(0, room - meter.n_read)
+                fits = len(tokens) <= left
+                llama.prefill(tokens[:left], progress=meter, more=fits and not last, **looks)
+                if not fits:
+                    what = f"the documents have more than the {meter.n_read} tokens that were read"
+                    raise self._overflow(what, room, meter.n_read)
         except KeyboardInterrupt:
             complete = False
-        read = llama.n_tokens - done_before
-        if read:
-            self._place, self._pending = "user", []
+        finally:
+            if meter.n_read:
+                self._place, self._pending = "user", []
+                reading.note_sources(self._sources, n_before, llama.n_tokens)
         stats = llama.kv_stats()
-        seconds = time.perf_counter() - started
-        return IngestReport(read, seconds, complete, stats.n_cells, stats.kv_bytes)
+        return IngestReport(meter.n_read, meter.seconds, complete, stats.n_cells, stats.kv_bytes)
 
     def _user_tokens(self) -> list[int]:
         """Tokens that open a user message here."""
@@ -188,10 +167,13 @@ class DocumentChat:
             return self._pending + self._template.between
         return []
 
-    def _document_tokens(self, documents: Sequence[Document]) -> list[int]:
-        # Not special: a document cannot end the user's message.
-        text = "".join(f"{document.text.strip()}\n\n" for document in documents)
-        return self.llama.tokenize(text.encode(), add_bos=False, special=False)
+    def _overflow(self, what: str, room: int, n_read: int = 0) -> ContextOverflow:
+        n_ctx, trained = self.llama.n_ctx(), self.llama._model.n_ctx_train()
+        return ContextOverflow(
+            f"{what}, the context has room for {max(room, 0)} of {n_ctx} (the model was trained "
+            f"with {trained}): use a larger --n-ctx, a model with a longer context, or less text",
+            n_read=n_read,
+        )
 
     def _question_tokens(self, question: str) -> list[int]:
         # A text that ends in a blank line has the question as its last paragraph.

@@ -44,7 +44,17 @@ class OutOfMemory(NativeError, MemoryError):
 
 
 class ContextOverflow(CapKVError, ValueError):
-    """More tokens than the logical context holds."""
+    """More tokens than the logical context holds.
+
+    Attributes
+    ----------
+    n_read : int
+        Tokens that were read before, and that stay; 0 if it was known before reading.
+    """
+
+    def __init__(self, message: str, *, n_read: int = 0) -> None:
+        super().__init__(message)
+        self.n_read = n_read
 
 
 class StateError(CapKVError, RuntimeError):

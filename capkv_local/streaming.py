@@ -69,6 +69,7 @@ class StreamingLlama(llama_cpp.Llama):
         observe: Observe | None = None,
         question: Sequence[int] | None = None,
         progress: Progress | None = None,
+        more: bool = False,
     ) -> None:
         """As :meth:`eval`, with a say in what the policy looks at.
 
@@ -87,6 +88,8 @@ class StreamingLlama(llama_cpp.Llama):
             Tokens of the question, needed with ``observe="question"`` and only with it.
         progress
             Called after each chunk with (tokens done, tokens in all).
+        more
+            The text goes on in another call: the cache is not brought back to its budget yet.
 
         Raises
         ------
@@ -112,7 +115,7 @@ class StreamingLlama(llama_cpp.Llama):
             if progress is not None:
                 progress(done, len(tokens))
         # One token at a time is generation: it fills the room first.
-        if len(tokens) > 1:
+        if len(tokens) > 1 and not more:
             with deferred_interrupt():
                 self._settle(cache, observers)
 

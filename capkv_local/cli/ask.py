@@ -38,13 +38,15 @@ def ask_command(
     """Read each FILE and answer the QUESTION, which is its last argument.
 
     The question is known before reading, so the cells that it needs are the ones that stay.
-    A FILE is text, Markdown, source code, HTML, PDF, a session saved in a chat (*.capkv), or
-    - for standard input. The answer goes to standard output, all else to standard error.
+    A FILE is text, Markdown, source code, HTML, PDF, Word (docx), an e-book (epub), a folder of
+    these, a session saved in a chat (*.capkv), or - for standard input. The answer goes to
+    standard output, all else to standard error.
 
     \b
     Examples:
       capkv ask report.pdf "Who signed the contract?"
       capkv ask --budget 1024 a.txt b.txt "What changed between them?"
+      capkv ask src/ "Where is the cache resized?"
       git log | capkv ask - "Which release broke the build?"
       capkv ask report.pdf "How many pages?" --json | jq .answer
 
@@ -57,9 +59,10 @@ def ask_command(
     """
     if not question.strip():
         raise click.UsageError("the question is empty")
-    if os.path.isfile(question):
+    if os.path.exists(question):
         raise click.UsageError(
-            f"the last argument is the question, but '{question}' is a file; add a question"
+            f"the last argument is the question, but '{question}' is a file or folder; "
+            "add a question"
         )
     sources = read_sources(files)
     if sources.session is None and options.kv_observe is None:

@@ -38,15 +38,17 @@ if TYPE_CHECKING:
 def chat_command(files: tuple[str, ...], max_tokens: int, options: ModelOptions) -> None:
     """Read each FILE, then answer what you ask about them.
 
-    A FILE is text, Markdown, source code, HTML or PDF; one that ends in .capkv is a session saved
-    with /save, and goes on where it was. Ctrl-C while reading keeps what was read, during an
-    answer it stops the answer, and twice at the prompt it quits. At the prompt, /help lists what
-    else can be done. Questions may also come from a pipe, one a line.
+    A FILE is text, Markdown, source code, HTML, PDF, Word (docx), an e-book (epub) or a folder of
+    these; one that ends in .capkv is a session saved with /save, and goes on where it was. Ctrl-C
+    while reading keeps what was read, during an answer it stops the answer, and twice at the
+    prompt it quits. At the prompt, /help lists what else can be done. Questions may also come from
+    a pipe, one a line.
 
     \b
     Examples:
       capkv chat report.pdf
       capkv chat chapter1.md chapter2.md --budget 4096
+      capkv chat my-project/
       capkv chat report.pdf --n-ctx 100000 --budget 512MiB --type-k q8_0
       capkv chat report.capkv
       capkv chat report.pdf < questions.txt > answers.txt

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from capkv_local.cli import display
-from capkv_local.errors import CapKVError
+from capkv_local.errors import CapKVError, ContextOverflow
 
 if TYPE_CHECKING:
     from capkv_local.chat import DocumentChat, IngestProgress, IngestReport
-    from capkv_local.documents import Document
+    from capkv_local.documents import DocumentStream
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -216,23 +216,27 @@ class Sources:
     """The files of a command line: documents to read, and the saved session they continue."""
 
     session: Path | None
-    documents: tuple[Document, ...]
+    documents: tuple[DocumentStream, ...]
+    names: tuple[str, ...]  # of documents and folders
 
     @property
     def title(self) -> str:
         """Their names, for a line on the screen."""
         names = [self.session.name] if self.session else []
-        names += [document.name for document in self.documents]
+        names += self.names
         return ", ".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
 
 
 def read_sources(files: Sequence[str]) -> Sources:
-    """Read all files before a model loads, so that a wrong name fails at once.
+    """Open all files before a model loads, so that a wrong name fails at once.
+
+    What is left out of a folder is said on standard error.
 
     Parameters
     ----------
     files : sequence of str
-        Documents, ``-`` for standard input, and at most one saved session (``*.capkv``).
+        Documents, folders of them, ``-`` for standard input, and at most one saved session
+        (``*.capkv``).
 
     Raises
     ------
@@ -250,10 +254,23 @@ def read_sources(files: Sequence[str]) -> Sources:
     if session is not None and not session.is_file():
         raise CapKVError(f"there is no saved session '{session}'; check the name and the folder")
 
-    from capkv_local.documents import read_document
+    from capkv_local.documents import open_document, read_documents
 
-    documents = tuple(read_document(file) for file in files if file not in sessions)
-    return Sources(session, documents)
+    documents: list[DocumentStream] = []
+    names: list[str] = []
+    for file in files:
+        if file in sessions:
+            continue
+        if file != "-" and Path(file).is_dir():
+            folder = read_documents(file)
+            documents += folder.documents
+            names.append(f"{folder.path.name} ({display.count(len(folder.documents), 'file')})")
+            if folder.summary:
+                click.echo(folder.summary, err=True)
+        else:
+            documents.append(open_document(file))
+            names.append(documents[-1].name)
+    return Sources(session, tuple(documents), tuple(names))
 
 
 def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
@@ -287,35 +304,47 @@ def ingest(
     quiet : bool
         Show nothing.
     keep_part : bool
-        Whether Ctrl-C keeps what was read, instead of being raised.
+        Whether what was read before Ctrl-C, or before the context was full, is kept and told,
+        instead of the exception being raised.
 
     Returns
     -------
     IngestReport or None
-        None when there was nothing to read.
+        None when there was nothing to read, or more than the context holds.
 
     Raises
     ------
     KeyboardInterrupt
         Ctrl-C without `keep_part`, or before anything was read.
+    ContextOverflow
+        Too long, without `keep_part`, or known before anything was read.
     """
     if not sources.documents:
         return None
     last: IngestProgress | None = None
-    with display.ingest_progress(quiet=quiet) as show:
+    try:
+        with display.ingest_progress(quiet=quiet) as show:
 
-        def progress(now: IngestProgress) -> None:
-            nonlocal last
-            last = now
-            show(now)
+            def progress(now: IngestProgress) -> None:
+                nonlocal last
+                last = now
+                show(now)
 
-        report = session.ingest(sources.documents, question=question, progress=progress)
+            report = session.ingest(sources.documents, question=question, progress=progress)
+    except ContextOverflow as error:
+        if not (keep_part and error.n_read):
+            raise
+        click.echo(f"{one_line(error)}; answers know only what was read", err=True)
+        return None
+    finally:
+        for note in (note for document in sources.documents for note in document.notes):
+            click.echo(note, err=True)
     if not report.complete and not (keep_part and report.tokens):
         raise KeyboardInterrupt
     if not quiet:
         click.echo(display.report_text(sources.title, report), err=True)
     if not report.complete:
-        of = f" of {last.total:,}" if last else ""
+        of = f" of {'~' if last.estimated else ''}{last.total:,}" if last and last.total else ""
         click.echo(
             f"stopped after {report.tokens:,}{of} tokens: answers know only this part", err=True
         )

@@ -73,13 +73,18 @@ def is_fancy(stream: TextIO) -> bool:
 
 
 def progress_text(progress: IngestProgress) -> str:
-    """Return tokens done and total, rate, time left, cells kept and KV memory, on one line."""
+    """Return tokens done and total, rate, time left, KV and process memory, on one line."""
+    total, about = progress.total, "~" if progress.estimated else ""
+    if not progress.done:
+        return f"counting: {count(total or 0, 'token')} so far, RAM {size(progress.rss_bytes)}"
     rate = progress.done / progress.seconds if progress.seconds > 0 else 0.0
-    parts = [f"{progress.done:,}/{progress.total:,} tokens"]
+    of = "" if total is None else f"/{about}{total:,}"
+    parts = [f"{progress.done:,}{of} tokens"]
     if rate > 0:
         parts.append(f"{rate:,.0f}/s")
-        parts.append(f"{duration((progress.total - progress.done) / rate)} left")
-    parts += [count(progress.n_cells, "cell"), size(progress.kv_bytes)]
+        if total is not None:
+            parts.append(f"{about}{duration(max(0, total - progress.done) / rate)} left")
+    parts += [f"KV {size(progress.kv_bytes)}", f"RAM {size(progress.rss_bytes)}"]
     return ", ".join(parts)
 
 
@@ -134,7 +139,7 @@ def ingest_progress(*, quiet: bool = False) -> Iterator[ProgressCallback]:
         def show(progress: IngestProgress) -> None:
             bar.update(
                 task,
-                total=progress.total,
+                total=progress.total if progress.done else None,
                 completed=progress.done,
                 description=progress_text(progress),
             )
@@ -150,7 +155,7 @@ class _PlainProgress:
         self._time = time.monotonic()
 
     def __call__(self, progress: IngestProgress) -> None:
-        tenth = 10 * progress.done // max(progress.total, 1)
+        tenth = 10 * progress.done // progress.total if progress.total else 0
         now = time.monotonic()
         if tenth == self._tenth and now - self._time < 30:
             return

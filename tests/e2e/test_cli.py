@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import docx
 import pytest
 
 from tests.e2e.test_ask import ROOT, capkv
@@ -34,6 +39,53 @@ def test_ask_reads_every_kind_and_prints_the_answer_alone(suffix: str) -> None:
 def test_ask_reads_a_pipe() -> None:
     run = capkv("ask", "-", QUESTION, "--max-tokens", "40", stdin=HARBOUR.read_text())
     assert run.returncode == 0 and "48213" in run.stdout
+
+
+def test_ask_reads_a_word_document(tmp_path: Path) -> None:
+    document = docx.Document()
+    document.add_heading("The harbour of Norrvik", 1)
+    for paragraph in HARBOUR.read_text().split("\n\n"):
+        document.add_paragraph(paragraph)
+    document.save(str(tmp_path / "harbour.docx"))
+    run = capkv("ask", str(tmp_path / "harbour.docx"), QUESTION, "--max-tokens", "40")
+    assert run.returncode == 0, run.stderr
+    assert "48213" in run.stdout and run.stderr == ""
+
+
+def test_ask_reads_a_folder_and_says_what_it_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "harbour.txt").write_text(HARBOUR.read_text())
+    (folder / "tools.md").write_text("# Tools\n\nThe crane is painted green.\n")
+    (folder / "photo.png").write_bytes(b"\x89PNG\r\n")
+    run = capkv("ask", str(folder), QUESTION, "--max-tokens", "40")
+    assert run.returncode == 0, run.stderr
+    assert "48213" in run.stdout
+    assert run.stderr == "skipped in notes: images: photo.png\n"
+
+
+def test_ask_does_not_take_a_part_of_a_pipe_for_the_whole() -> None:
+    pipe = LICENCE.read_text() * 8  # more than is looked at ahead
+    run = capkv("ask", "-", QUESTION, "--n-ctx", "1024", "--budget", "128", stdin=pipe)
+    assert run.returncode == 1 and run.stdout == ""
+    assert "more than the 768 tokens that were read" in run.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_chat_goes_on_with_what_was_read_before_ctrl_c() -> None:
+    command = [sys.executable, "-m", "capkv_local.cli", "chat", str(LICENCE), "--max-tokens", "8"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.PIPE, text=True
+    ) as chat:
+        assert chat.stderr is not None
+        for line in chat.stderr:  # the first tenth is read
+            if re.match("reading: [0-9]", line):
+                break
+        chat.send_signal(signal.SIGINT)
+        out, err = chat.communicate("What is this text?\n", timeout=600)
+    assert chat.returncode == 0, err
+    assert re.search(r"stopped after [\d,]+ of 7,\d+ tokens: answers know only this part", err)
+    assert out.strip()
 
 
 def test_chat_through_a_pipe_and_on_from_the_saved_session(tmp_path: Path) -> None:

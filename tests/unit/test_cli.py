@@ -57,7 +57,10 @@ class FakeChat:
                 return types.SimpleNamespace(tokens=done, seconds=1.0, complete=False, **state)
             if progress is not None and done:
                 seconds = done / 100
-                progress(types.SimpleNamespace(done=done, total=total, seconds=seconds, **state))
+                counted = {"done": done, "total": total, "estimated": False}
+                progress(
+                    types.SimpleNamespace(seconds=seconds, rss_bytes=1 << 30, **counted, **state)
+                )
         return types.SimpleNamespace(tokens=total, seconds=10.0, complete=True, **state)
 
     def ask(self, question: str, *, max_tokens: int = 512) -> Iterator[str]:
@@ -327,7 +330,7 @@ def test_chat_answers_lines_from_a_pipe(fake: type[FakeChat], run: Run) -> None:
     assert asked == [("first?", 512), ("second?", 512)]
     assert ("question", None) in fake.calls
     lines = result.stderr.splitlines()
-    assert lines[0] == "reading: 100/1,000 tokens, 100/s, 9.0 s left, 64 cells, 64.0 KiB"
+    assert lines[0] == "reading: 100/1,000 tokens, 100/s, 9.0 s left, KV 64.0 KiB, RAM 1.0 GiB"
     assert lines[-1].startswith("read harbour.txt: 1,000 tokens in 10 s, 100/s; 64 cells kept")
 
 
@@ -520,9 +523,19 @@ def test_numbers() -> None:
     ]
 
 
-def test_progress_before_the_first_token() -> None:
-    state = types.SimpleNamespace(done=0, total=0, seconds=0.0, n_cells=0, kv_bytes=0)
-    assert progress_text(state) == "0/0 tokens, 0 cells, 0 B"  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("done", "total", "estimated", "shown"),
+    [
+        (0, 1234, True, "counting: 1,234 tokens so far, RAM 2.0 MiB"),
+        (500, 1000, False, "500/1,000 tokens, 50/s, 10 s left, KV 1.0 KiB, RAM 2.0 MiB"),
+        (500, 1000, True, "500/~1,000 tokens, 50/s, ~10 s left, KV 1.0 KiB, RAM 2.0 MiB"),
+        (500, None, True, "500 tokens, 50/s, KV 1.0 KiB, RAM 2.0 MiB"),  # a pipe
+    ],
+)
+def test_progress(done: int, total: int | None, estimated: bool, shown: str) -> None:
+    state = {"seconds": 10.0, "n_cells": 64, "kv_bytes": 1024, "rss_bytes": 2 << 20}
+    progress = types.SimpleNamespace(done=done, total=total, estimated=estimated, **state)
+    assert progress_text(progress) == shown  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
