@@ -239,6 +239,8 @@ class SavedChat:
                 token < llama.n_vocab() for token in saved.pending
             ):
                 raise StateError("the model has no such tokens")
+            if carried is not None and not _fits(carried, llama):
+                raise StateError("what the policy had found is of other heads")
             state = CompactedState(
                 input_ids=tokens,
                 scores=np.empty((0, 0), dtype=np.single),
@@ -254,3 +256,11 @@ class SavedChat:
             raise StateError(f"{path} cannot go on ({error}): {_AGAIN}") from error
         self._place, self._pending = saved.place, list(saved.pending)  # type: ignore[assignment]
         self.extra = dict(saved.extra)
+
+
+def _fits(carried: Array, llama: Llama) -> bool:
+    """Whether ``carried`` is a relevance, ``[n_layer, n_head_kv, n_cells]``, of this model."""
+    if carried.ndim != 3 or carried.dtype != np.float32:
+        return False
+    heads = llama.kv_positions().shape[:2]
+    return carried.shape[:2] == heads and bool(np.isfinite(carried).all())

@@ -127,7 +127,7 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
         try:
             listed = [_Listed(*entry) for entry in header.pop("arrays")]
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, "its list of arrays is not one") from error
+            raise _damaged(path, f"its list of arrays cannot be read: {error}") from error
         expected = len(start) + sum(entry.n_stored for entry in listed) + _DIGEST
         size = os.fstat(file.fileno()).st_size
         if size != expected:

@@ -38,13 +38,14 @@ def ask_command(
     """Read each FILE and answer the QUESTION, which is its last argument.
 
     The question is known before reading, so the cells that it needs are the ones that stay.
-    A FILE is text, Markdown, source code, HTML, PDF, a session saved in a chat (*.capkv), or
+    A FILE is text, Markdown, source code, HTML, PDF, a snapshot or saved session (*.capkv), or
     - for standard input. The answer goes to standard output, all else to standard error.
 
     \b
     Examples:
       capkv ask report.pdf "Who signed the contract?"
       capkv ask --budget 1024 a.txt b.txt "What changed between them?"
+      capkv ask book.capkv "Who is the murderer?"
       git log | capkv ask - "Which release broke the build?"
       capkv ask report.pdf "How many pages?" --json | jq .answer
 

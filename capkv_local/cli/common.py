@@ -99,6 +99,11 @@ class ModelOptions:
     seed: int | None = None
     verbose: bool = False
 
+    def reading(self) -> dict[str, Any]:
+        """Return what was given of that which changes how a text is read."""
+        here = ("model", "n_threads", "n_gpu_layers", "seed", "verbose")
+        return {name: value for name, value in self.keywords().items() if name not in here}
+
     def keywords(self) -> dict[str, Any]:
         """Return only what was given, so that defaults are kept in one place."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -256,6 +261,16 @@ def read_sources(files: Sequence[str]) -> Sources:
     return Sources(session, documents)
 
 
+def session_path(path: Path) -> Path:
+    """Where a session is saved: its ending is how a session is known."""
+    path = path.expanduser()
+    return (
+        path
+        if path.suffix.lower() == SESSION_SUFFIX
+        else path.with_name(path.name + SESSION_SUFFIX)
+    )
+
+
 def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
     """Load the model, and the saved session if there is one."""
     from capkv_local.chat import DocumentChat
@@ -310,6 +325,8 @@ def ingest(
             show(now)
 
         report = session.ingest(sources.documents, question=question, progress=progress)
+    names = [document.name for document in sources.documents]
+    session.extra["documents"] = [*session.extra.get("documents", []), *names]
     if not report.complete and not (keep_part and report.tokens):
         raise KeyboardInterrupt
     if not quiet:
