@@ -200,6 +200,8 @@ def _read_start(path: str | Path, file: BinaryIO) -> tuple[dict[str, Any], bytes
             )
         if len(head) < _START:
             raise _damaged(path, "it ends early")
+        if head[: len(_MAGIC)] != _MAGIC and head[len(_NAME)] == VERSION:
+            raise _damaged(path, "its line ends were changed")
         if head[: len(_MAGIC)] != _MAGIC:
             raise StateError(
                 f"{path} has version {head[len(_NAME)]} of the format, this capkv reads {VERSION}: "

@@ -158,6 +158,7 @@ ZEROS = zstandard.ZstdCompressor().compress(bytes(64))
         (b"CAPKV\0\x02\n" + bytes(100), f"version 2 of the format, this capkv reads {VERSION}"),
         (b"CAPKV\0\x07\n" + bytes(100), "version 7 of the format"),
         (b"CAPKV\0\x03\n\xff\xff\xff\xff" + bytes(100), "does not fit in it"),
+        (b"CAPKV\0\x03\r\n" + bytes(100), "line ends"),
         (seal([]), "its header is not one"),
         (seal({}), "its list of arrays cannot be read"),
         (seal({"arrays": 3}), "its list of arrays cannot be read"),
