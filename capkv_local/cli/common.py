@@ -262,13 +262,19 @@ def read_sources(files: Sequence[str]) -> Sources:
 
 
 def session_path(path: Path) -> Path:
-    """Where a session is saved: its ending is how a session is known."""
+    """Where a session is saved: its ending is how a session is known.
+
+    Raises
+    ------
+    CapKVError
+        A folder.
+    """
     path = path.expanduser()
-    return (
-        path
-        if path.suffix.lower() == SESSION_SUFFIX
-        else path.with_name(path.name + SESSION_SUFFIX)
-    )
+    if path.suffix.lower() == SESSION_SUFFIX:
+        return path
+    if not path.name or path.is_dir():
+        raise CapKVError(f"'{path}' is a folder; name a file in it, e.g. {path / 'book.capkv'}")
+    return path.with_name(path.name + SESSION_SUFFIX)
 
 
 def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:

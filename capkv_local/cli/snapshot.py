@@ -62,11 +62,11 @@ def snapshot_command(
 
 def _check_output(path: Path, force: bool) -> None:
     folder = path.parent
-    if path.is_dir():
-        raise CapKVError(f"'{path}' is a folder; name a file in it with -o")
     if not folder.is_dir():
         raise CapKVError(f"there is no folder '{folder}'; make it first, or name another with -o")
     if not os.access(folder, os.W_OK):
         raise CapKVError(f"you may not write to the folder '{folder}'; name another with -o")
+    if path.is_dir():
+        raise CapKVError(f"'{path}' is a folder; name a file with -o")
     if path.exists() and not force:
         raise CapKVError(f"'{path}' is there already; name another, or overwrite it with --force")

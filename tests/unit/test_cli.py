@@ -380,6 +380,7 @@ def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
         ("/budget lots", "error: the budget 'lots' cannot be read; give cells\n"),
         ("/policy norm", "did you mean 'knorm'?"),
         ("/save", "/save needs a file name"),
+        ("/save .", "is a folder; name a file in it"),
     ],
 )
 def test_chat_goes_on_after_a_wrong_command(
