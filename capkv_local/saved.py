@@ -75,8 +75,8 @@ class SavedSettings:
         known = {name: header[name] for name in cls.__dataclass_fields__ if name in header}
         try:
             saved = cls(**known)
-            for name, value in asdict(saved).items():
-                kind = str(cls.__dataclass_fields__[name].type).partition("[")[0]
+            for name, field_ in cls.__dataclass_fields__.items():
+                value, kind = getattr(saved, name), str(field_.type).partition("[")[0]
                 if type(value).__name__ not in kind.replace("None", "NoneType"):
                     raise ValueError(f"{name} is {value!r}")
             numbers = (saved.n_ctx, saved.n_tokens, saved.n_repeated, saved.seed, *saved.pending)
@@ -211,12 +211,12 @@ class SavedChat:
         chat = cls(**{"seed": saved.seed, **given, **bound, **kept, "model": model})
         try:
             chat._go_on(path, saved, arrays, seed=given.get("seed", saved.seed))
+            if budget is not None:  # first: another policy has observed nothing yet
+                chat.llama.set_kv_budget(budget)
             if policy is not None and policy != saved.kv_policy:
                 chat.llama.set_kv_policy(policy)
             if allocation is not None:
                 chat.llama.set_kv_allocation(allocation)
-            if budget is not None:
-                chat.llama.set_kv_budget(budget)
         except BaseException:
             chat.llama.close()
             raise

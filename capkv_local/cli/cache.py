@@ -139,7 +139,7 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 
 @cache_group.command("rm")
-@click.argument("names", nargs=-1, metavar="NAME...")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--all", "all_", is_flag=True, help="Delete everything that is kept.")
 @debug_option
 def rm_command(names: tuple[str, ...], all_: bool) -> None:

@@ -27,7 +27,7 @@ from capkv_local.errors import CapKVError, StateError
 from capkv_local.snapshot import Array, read_snapshot, write_snapshot
 
 TEXT = "The access code of the harbour gate is 48213. It changes every month. " * 8
-SETTINGS = {"kv_budget": 64, "n_ctx": 512, "kv_observe": "tail"}
+SETTINGS = {"kv_budget": 64, "n_ctx": 1024, "kv_observe": "tail"}
 NUMBERS = (0, 1, -1, 2**31 - 1, 2**32 - 1, 2**63)
 HOSTILE_MEMORY = 16 << 30  # bytes that a process may map before it counts as broken
 
@@ -137,7 +137,9 @@ def hostile(file: Path, seed: int, n: int) -> list[str]:
             for line in worker.stdout:
                 number, verdict, detail = line.rstrip("\n").split("\t")
                 counts[verdict] += 1
-                if verdict not in ("refused", "ran"):
+                if verdict == "failed later":  # in words of ours: fine, but look at them
+                    print(f"hostile {number}: {detail}")
+                elif verdict not in ("refused", "harmless"):
                     bad.append(f"hostile {number}: {verdict} {detail}")
                 done = int(number) + 1
         if done < n:
@@ -155,16 +157,18 @@ def open_hostile(file: Path, seed: int, numbers: range) -> None:
     mutated = file.with_name("hostile.capkv")
     for i, what, header, arrays in mutants(file, seed, numbers):
         write_snapshot(mutated, header, arrays)
-        verdict, detail = "ran", what
+        verdict, detail = "refused", what
         chat = None
         try:
             chat = DocumentChat.load(mutated)
+            verdict = "failed later"
             "".join(chat.ask("What is the code?", max_tokens=3))
             chat.ingest([Document("more.txt", TEXT, "text")])
             chat.set_budget(48)
             "".join(chat.ask("Again?", max_tokens=2))
+            verdict = "harmless"
         except CapKVError as error:
-            verdict, detail = "refused", f"{what}: {error}"
+            detail = f"{what}: {error}"
         except BaseException as error:
             verdict, detail = type(error).__name__, f"{what}: {error}"
         finally:
