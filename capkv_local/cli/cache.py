@@ -88,7 +88,7 @@ def cache_group() -> None:
     """
 
 
-@cache_group.command("ls")
+@cache_group.command("ls", short_help="List what is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @debug_option
 def ls_command(as_json: bool) -> None:
@@ -138,7 +138,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     }
 
 
-@cache_group.command("rm")
+@cache_group.command("rm", short_help="Delete what is kept.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--all", "all_", is_flag=True, help="Delete everything that is kept.")
 @debug_option

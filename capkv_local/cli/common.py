@@ -164,7 +164,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         type=click.Choice(("tail", "probe")),
         help="What decides which cells matter: a probe, which repeats what is read for questions "
         "to come and takes two to three times as long; or the tail of what is read, with ask the "
-        "question. [default: chat probe, ask tail]",
+        "question. [default: probe, ask tail]",
     ),
     click.option(
         "--probe-stride",

@@ -68,28 +68,27 @@ def damaged(file: Path, seed: int, n: int) -> list[str]:
     whole = file.read_bytes()
     header, arrays = read_snapshot(file)
     mutated = file.with_name("mutated.capkv")
-    counts: collections.Counter[str] = collections.Counter()
-    bad = []
+    refused, same, bad = 0, 0, []
     start = time.perf_counter()
     for i in range(n):
         data = damage(random.Random(f"{seed}/{i}"), whole)
         mutated.write_bytes(data)
         try:
             read = read_snapshot(mutated)
-        except StateError as error:
-            counts[str(error).split("(")[-1].split(")")[0].partition(" of ")[0][:40]] += 1
+        except StateError:
+            refused += 1
         except Exception as error:
             bad.append(f"file {i}: {type(error).__name__}: {error}")
         else:
             if read[0] == header and all(map(np.array_equal, read[1].values(), arrays.values())):
-                counts["the same"] += 1
+                same += 1
             else:
                 bad.append(f"file {i}: read as something else")
     seconds = time.perf_counter() - start
-    same = counts.pop("the same", 0)
     print(
-        f"{n} damaged files of {len(whole)} bytes in {seconds:.0f} s: {sum(counts.values())} "
-        f"refused, {same} the same, {len(bad)} wrong; peak memory {peak_mib():.0f} MiB"
+        f"{n} damaged files of {len(whole)} bytes in {seconds:.0f} s: {refused} refused, {same} "
+        f"the same, {len(bad)} wrong; peak memory {peak_mib():.0f} MiB",
+        flush=True,
     )
     return bad
 

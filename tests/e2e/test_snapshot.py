@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_cli import HARBOUR, QUESTION, ROOT, capkv
+from tests.e2e.test_ask import ROOT, capkv
+from tests.e2e.test_cli import HARBOUR, QUESTION
 
 SMALL = ["--budget", "128", "--n-ctx", "1024"]
 NOTES = ROOT / "tests" / "data" / "harbour.md"
