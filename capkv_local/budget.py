@@ -70,6 +70,19 @@ def parse_budget(
     return cells
 
 
+def parse_size(text: str) -> int | None:
+    """Bytes of a size such as ``"5GiB"``, ``"1.5GB"`` or plain bytes; None if it is none.
+
+    Examples
+    --------
+    >>> parse_size("1.5KiB"), parse_size("100"), parse_size("much")
+    (1536, 100, None)
+    """
+    match = _TEXT.fullmatch(text)
+    n_unit = _UNITS.get(match[2].lower() or "b") if match else None
+    return None if match is None or n_unit is None else int(Fraction(match[1]) * n_unit)
+
+
 def _cells(value: object, *, n_ctx: int, bytes_per_cell: int) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)

@@ -6,20 +6,19 @@ import codecs
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import llama_cpp
-import numpy as np
 
 from capkv_local import native
 from capkv_local.cache import KVCacheStats
 from capkv_local.documents import Document, DocumentStream
-from capkv_local.errors import ContextOverflow, StateError
-from capkv_local.llama import Budget, CompactedState, Llama, Observe
+from capkv_local.errors import ContextOverflow
+from capkv_local.llama import Budget, Llama, Observe
 from capkv_local.models import default_model, fingerprint
 from capkv_local.policies import get_policy
 from capkv_local.reading import IngestProgress, IngestReport, Meter, Reading
-from capkv_local.session import read_session, write_session
+from capkv_local.saved import SavedChat
 from capkv_local.sources import SourceMap
 from capkv_local.template import ChatTemplate
 from capkv_local.tokenise import Vocabulary
@@ -30,7 +29,7 @@ __all__ = ["DocumentChat", "IngestProgress", "IngestReport"]
 _REPLY_TOKENS = 256
 
 
-class DocumentChat:
+class DocumentChat(SavedChat):
     """A conversation about documents.
 
     Parameters
@@ -77,8 +76,11 @@ class DocumentChat:
     ) -> None:
         threads = n_threads or os.cpu_count() or 1
         self._types = (type_k, type_v)
+        model = model or default_model()
+        self._fingerprint = fingerprint(model)  # now: the file may be another one when we save
+        self.extra = {}
         self.llama = Llama(
-            model or default_model(),
+            model,
             n_ctx=n_ctx or 0,
             kv_policy=get_policy(kv_policy),
             kv_budget=kv_budget,
@@ -95,8 +97,8 @@ class DocumentChat:
         )
         self._template = ChatTemplate.of(self.llama)
         # Where the conversation stands: before it, in a user message, or behind an answer.
-        self._place: Literal["start", "user", "answer"] = "start"
-        self._pending: list[int] = []  # sampled, but not decoded yet
+        self._place = "start"
+        self._pending = []  # sampled, but not decoded yet
         self._sources = SourceMap()  # which document each token is of
 
     # -- reading -------------------------------------------------------------------------------
@@ -240,97 +242,6 @@ class DocumentChat:
     def stats(self) -> KVCacheStats:
         """See :meth:`capkv_local.Llama.kv_stats`."""
         return self.llama.kv_stats()
-
-    def save(self, path: str | Path) -> None:
-        """Write the conversation to a file that :meth:`load` continues.
-
-        Raises
-        ------
-        StateError
-            The file cannot be written.
-        """
-        llama = self.llama
-        state = llama.save_state()
-        assert isinstance(state, CompactedState)
-        header = {
-            "model": os.path.abspath(llama.model_path),
-            "model_fingerprint": fingerprint(llama.model_path),
-            "kv_policy": state.policy,
-            "kv_budget": llama.kv_stats().budget,
-            "kv_allocation": llama.kv_stats().allocation,
-            "kv_observe": llama.kv_observe,
-            "n_repeated": state.n_repeated,
-            "n_ctx": llama.n_ctx(),
-            "types": self._types,
-            "seed": state.seed,
-            "place": self._place,
-            "pending": self._pending,
-        }
-        arrays: dict[str, np.ndarray[Any, Any]] = {
-            "input_ids": np.asarray(state.input_ids, dtype=np.int32),
-            "llama_state": np.frombuffer(state.llama_state, dtype=np.uint8),
-        }
-        if state.carried is not None:
-            arrays["carried"] = state.carried
-        write_session(path, header, arrays)
-
-    @classmethod
-    def load(cls, path: str | Path, **settings: Any) -> DocumentChat:
-        """Continue a conversation that :meth:`save` wrote.
-
-        Parameters
-        ----------
-        **settings
-            As the constructor; what is left out is taken from the file.
-
-        Raises
-        ------
-        StateError
-            Damaged, or of another model or cache type.
-        """
-        header, arrays = read_session(path)
-        type_k, type_v = header["types"]
-        given = {"type_k": type_k, "type_v": type_v, "n_ctx": header["n_ctx"], **settings}
-        budget, policy = given.pop("kv_budget", None), given.pop("kv_policy", None)
-        allocation = given.pop("kv_allocation", None)
-        observe = header.get("kv_observe", "tail")
-        if given.setdefault("kv_observe", observe) != observe:
-            raise StateError(
-                f"{path} was saved with kv_observe='{observe}' and can only go on so: "
-                "leave --observe out, or read the documents again"
-            )
-        model = given.pop("model", None) or header["model"]
-        if not Path(model).exists():
-            raise StateError(
-                f"{path} was saved with the model {model}, which is not there: name it with --model"
-            )
-        if fingerprint(model) != header["model_fingerprint"]:
-            raise StateError(
-                f"{path} was saved with another model than {model}: give the one that was used "
-                f"({header['model']})"
-            )
-        saved = {name: header[name] for name in ("kv_policy", "kv_budget", "kv_allocation")}
-        chat = cls(model=model, **saved, **given)
-        data = arrays["llama_state"].tobytes()
-        state = CompactedState(
-            input_ids=arrays["input_ids"],
-            scores=np.empty((0, 0), dtype=np.single),
-            n_tokens=len(arrays["input_ids"]),
-            llama_state=data,
-            llama_state_size=len(data),
-            seed=header["seed"],
-        )
-        state.policy, state.carried = header["kv_policy"], arrays.get("carried")
-        state.n_repeated = header.get("n_repeated", 0)
-        chat.llama.load_state(state)
-        chat._place, chat._pending = header["place"], list(header["pending"])
-        if policy is not None and policy != header["kv_policy"]:
-            chat.set_policy(policy)
-        if allocation is not None:
-            chat.set_allocation(allocation)
-        if budget is not None:
-            chat.set_budget(budget)
-        return chat
 
     def close(self) -> None:
         """Free the model."""

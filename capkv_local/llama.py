@@ -219,6 +219,11 @@ class Llama(StreamingLlama):
         """What tells the policy which cells matter; see the constructor."""
         return "tail" if self._probe is None else "probe"
 
+    @property
+    def probe_stride(self) -> int:
+        """The probe observes with every n-th token; see the constructor."""
+        return 1 if self._probe is None else self._probe.stride
+
     def kv_positions(self) -> native.I32:
         """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``; -1: not held."""
         return self._require_cache().kv.positions()
@@ -333,10 +338,19 @@ class Llama(StreamingLlama):
                 f"the state is of policy '{name}', this cache uses '{cache.policy.name}'"
             )
         with deferred_interrupt():
-            before = native.get_state(self._ctx.ctx)
+            # An empty session need not be copied, which takes as long as loading.
+            before = native.get_state(self._ctx.ctx) if self.n_tokens else None
+            if before is None:
+                # How a layer attends is known from its first decode on, and the queries of the
+                # state are of no use without. Any token will do: the state replaces it.
+                self._decode_scratch(cache, [0])
             fits = native.set_state(self._ctx.ctx, state.llama_state)
             if not (fits and _in_order(cache.kv, state.n_tokens)):
-                native.set_state(self._ctx.ctx, before)
+                if before is None:
+                    self._ctx.kv_cache_clear()
+                    cache.observe()
+                else:
+                    native.set_state(self._ctx.ctx, before)
                 n_cells = cache.kv.info().n_allocated
                 raise StateError(
                     "the state does not fit: it is of another model, cache type or n_window, "

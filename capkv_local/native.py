@@ -233,6 +233,36 @@ def _check(status: int, what: str) -> None:
     raise NativeError(f"cannot {what}: {reason} (status {status})")
 
 
+class _GGUFParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+def gguf_layout(path: str | Path) -> tuple[int, list[tuple[int, int]]] | None:
+    """Where a GGUF's tensors begin, and offset from there and size of each, in bytes.
+
+    None if llama.cpp cannot read what stands before them.
+    """
+    lib, pointer, size = _library("ggml-base"), ctypes.c_void_p, ctypes.c_size_t
+    lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GGUFParams]
+    lib.gguf_init_from_file.restype = pointer
+    lib.gguf_free.argtypes, lib.gguf_get_data_offset.argtypes = [pointer], [pointer]
+    lib.gguf_get_n_tensors.argtypes, lib.gguf_get_n_tensors.restype = [pointer], ctypes.c_int64
+    lib.gguf_get_data_offset.restype = size
+    for function in (lib.gguf_get_tensor_offset, lib.gguf_get_tensor_size):
+        function.argtypes, function.restype = [pointer, ctypes.c_int64], size
+    with error_log():
+        gguf = lib.gguf_init_from_file(os.fsencode(path), _GGUFParams(True, None))
+    if not gguf:
+        return None
+    try:
+        return lib.gguf_get_data_offset(gguf), [
+            (lib.gguf_get_tensor_offset(gguf, i), lib.gguf_get_tensor_size(gguf, i))
+            for i in range(lib.gguf_get_n_tensors(gguf))
+        ]
+    finally:
+        lib.gguf_free(gguf)
+
+
 class KVCache:
     """The part of a context's KV cache that can be evicted per head.
 
@@ -402,10 +432,10 @@ def get_state(ctx: Any) -> bytes:
     return bytes(buffer)
 
 
-def set_state(ctx: Any, data: bytes) -> bool:
+def set_state(ctx: Any, data: bytes | npt.NDArray[np.uint8]) -> bool:
     """Restore what :func:`get_state` returned; False if it does not fit (the cells are lost)."""
-    buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-    return bool(llama_cpp.llama_state_set_data(ctx, buffer, len(data)) == len(data))
+    pointer = np.frombuffer(data, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    return bool(llama_cpp.llama_state_set_data(ctx, pointer, len(data)) == len(data))
 
 
 def set_lora(ctx: Any, adapter: Any, scale: float) -> None:
@@ -457,14 +487,17 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def _devices() -> list[dict[str, str]]:
-    """Devices that ggml registered, by name; empty where the library does not export the list."""
-    base = Path(library_path()).parent
+def _library(name: str) -> ctypes.CDLL:
+    """Another library of the build that is loaded."""
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     prefix = "" if os.name == "nt" else "lib"
+    return ctypes.CDLL(str(Path(library_path()).parent / f"{prefix}{name}{suffix}"))
+
+
+def _devices() -> list[dict[str, str]]:
+    """Devices that ggml registered, by name; empty where the library does not export the list."""
     try:
-        lib = ctypes.CDLL(str(base / f"{prefix}ggml{suffix}"))
-        base_lib = ctypes.CDLL(str(base / f"{prefix}ggml-base{suffix}"))
+        lib, base_lib = _library("ggml"), _library("ggml-base")
         count, get = lib.ggml_backend_dev_count, lib.ggml_backend_dev_get
         name, description = base_lib.ggml_backend_dev_name, base_lib.ggml_backend_dev_description
     except (OSError, AttributeError):

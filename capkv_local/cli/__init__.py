@@ -9,10 +9,12 @@ import click
 
 from capkv_local import __version__
 from capkv_local.cli.ask import ask_command
+from capkv_local.cli.cache import cache_group
 from capkv_local.cli.chat import chat_command
 from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
+from capkv_local.cli.snapshot import snapshot_command
 
 __all__ = ["main"]
 
@@ -30,11 +32,14 @@ def main() -> None:
       capkv chat report.pdf
       capkv chat report.pdf notes.md --budget 25%
       capkv ask report.pdf "Who signed the contract?"
+      capkv snapshot book.pdf -o book.capkv
       capkv doctor
     """
 
 
 main.add_command(chat_command)
 main.add_command(ask_command)
+main.add_command(snapshot_command)
+main.add_command(cache_group)
 main.add_command(eval_command)
 main.add_command(doctor_command)

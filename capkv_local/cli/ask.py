@@ -39,7 +39,7 @@ def ask_command(
 
     The question is known before reading, so the cells that it needs are the ones that stay.
     A FILE is text, Markdown, source code, HTML, PDF, Word (docx), an e-book (epub), a folder of
-    these, a session saved in a chat (*.capkv), or - for standard input. The answer goes to
+    these, a snapshot or saved session (*.capkv), or - for standard input. The answer goes to
     standard output, all else to standard error.
 
     \b
@@ -47,6 +47,7 @@ def ask_command(
       capkv ask report.pdf "Who signed the contract?"
       capkv ask --budget 1024 a.txt b.txt "What changed between them?"
       capkv ask src/ "Where is the cache resized?"
+      capkv ask book.capkv "Who is the murderer?"
       git log | capkv ask - "Which release broke the build?"
       capkv ask report.pdf "How many pages?" --json | jq .answer
 

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from capkv_local.cli.cache import cache_option, open_and_read
 from capkv_local.cli.common import (
-    SESSION_SUFFIX,
     ModelOptions,
     budget_value,
-    ingest,
     max_tokens_option,
     model_options,
     one_line,
-    open_chat,
     read_sources,
+    session_path,
 )
 from capkv_local.cli.display import budget_text, is_fancy, size, stats_text, stream_answer
 from capkv_local.errors import CapKVError
@@ -33,16 +32,19 @@ if TYPE_CHECKING:
 
 @click.command("chat", short_help="Talk with documents, or go on with a saved session.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@cache_option
 @max_tokens_option
 @model_options
-def chat_command(files: tuple[str, ...], max_tokens: int, options: ModelOptions) -> None:
+def chat_command(
+    files: tuple[str, ...], cache: bool, max_tokens: int, options: ModelOptions
+) -> None:
     """Read each FILE, then answer what you ask about them.
 
     A FILE is text, Markdown, source code, HTML, PDF, Word (docx), an e-book (epub) or a folder of
-    these; one that ends in .capkv is a session saved with /save, and goes on where it was. Ctrl-C
-    while reading keeps what was read, during an answer it stops the answer, and twice at the
-    prompt it quits. At the prompt, /help lists what else can be done. Questions may also come from
-    a pipe, one a line.
+    these; one that ends in .capkv is a snapshot, or a session saved with /save, and goes on where
+    it was. Ctrl-C while reading keeps what was read, during an answer it stops the answer, and
+    twice at the prompt it quits. At the prompt, /help lists what else can be done. Questions may
+    also come from a pipe, one a line.
 
     \b
     Examples:
@@ -51,6 +53,7 @@ def chat_command(files: tuple[str, ...], max_tokens: int, options: ModelOptions)
       capkv chat my-project/
       capkv chat report.pdf --n-ctx 100000 --budget 512MiB --type-k q8_0
       capkv chat report.capkv
+      capkv chat report.pdf --cache
       capkv chat report.pdf < questions.txt > answers.txt
     """
     if "-" in files:
@@ -59,8 +62,7 @@ def chat_command(files: tuple[str, ...], max_tokens: int, options: ModelOptions)
             'or use: capkv ask - "QUESTION"'
         )
     sources = read_sources(files)
-    with contextlib.closing(open_chat(sources, options)) as session:
-        ingest(session, sources, keep_part=True)
+    with contextlib.closing(open_and_read(sources, options, cache=cache)) as session:
         interactive = sys.stdin.isatty()
         if interactive:
             click.echo(f"Ask about {sources.title}. /help lists the commands.", err=True)
@@ -209,15 +211,9 @@ def _show_choice(label: str, chosen: str | None, known: Iterable[str]) -> None:
 def _save(session: DocumentChat, argument: str) -> None:
     if not argument:
         raise CapKVError("/save needs a file name, e.g. /save report.capkv")
-    path = Path(argument.strip("'\"")).expanduser()
-    if path.suffix.lower() != SESSION_SUFFIX:  # the ending is how `capkv chat` knows a session
-        path = path.with_name(path.name + SESSION_SUFFIX)
-    try:
-        session.save(path)
-        saved = path.stat().st_size
-    except OSError as error:
-        raise CapKVError(f"'{path}' cannot be written: {error.strerror or error}") from error
-    click.echo(f"saved {path} ({size(saved)}); go on with: capkv chat {shlex.quote(str(path))}")
+    path = session_path(Path(argument.strip("'\"")))
+    n_bytes = session.save(path)
+    click.echo(f"saved {path} ({size(n_bytes)}); go on with: capkv chat {shlex.quote(str(path))}")
 
 
 def _help(session: DocumentChat, argument: str) -> None:

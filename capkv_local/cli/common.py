@@ -99,6 +99,11 @@ class ModelOptions:
     seed: int | None = None
     verbose: bool = False
 
+    def reading(self) -> dict[str, Any]:
+        """Return what was given of that which changes how a text is read."""
+        here = ("model", "n_threads", "n_gpu_layers", "seed", "verbose")
+        return {name: value for name, value in self.keywords().items() if name not in here}
+
     def keywords(self) -> dict[str, Any]:
         """Return only what was given, so that defaults are kept in one place."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -159,7 +164,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         type=click.Choice(("tail", "probe")),
         help="What decides which cells matter: a probe, which repeats what is read for questions "
         "to come and takes two to three times as long; or the tail of what is read, with ask the "
-        "question. [default: chat probe, ask tail]",
+        "question. [default: probe, ask tail]",
     ),
     click.option(
         "--probe-stride",
@@ -273,6 +278,22 @@ def read_sources(files: Sequence[str]) -> Sources:
     return Sources(session, tuple(documents), tuple(names))
 
 
+def session_path(path: Path) -> Path:
+    """Where a session is saved: its ending is how a session is known.
+
+    Raises
+    ------
+    CapKVError
+        A folder.
+    """
+    path = path.expanduser()
+    if path.suffix.lower() == SESSION_SUFFIX:
+        return path
+    if not path.name or path.is_dir():
+        raise CapKVError(f"'{path}' is a folder; name a file in it, e.g. {path / 'book.capkv'}")
+    return path.with_name(path.name + SESSION_SUFFIX)
+
+
 def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
     """Load the model, and the saved session if there is one."""
     from capkv_local.chat import DocumentChat
@@ -339,6 +360,7 @@ def ingest(
     finally:
         for note in (note for document in sources.documents for note in document.notes):
             click.echo(note, err=True)
+    session.extra["documents"] = [*session.extra.get("documents", []), *sources.names]
     if not report.complete and not (keep_part and report.tokens):
         raise KeyboardInterrupt
     if not quiet:

@@ -181,6 +181,7 @@ _NOT_TEXT: tuple[tuple[bytes, str, str], ...] = (
     (_OLD_OFFICE, "an old Office document", _SAVE_AS),
     (b"{\\rtf", "an RTF document", _SAVE_AS),
     (b"%!PS", "a PostScript file", "convert it to .pdf, e.g. with ps2pdf, and give that file"),
+    (b"CAPKV\0", "a snapshot of capkv", "let its name end in .capkv"),
     (b"GGUF", "a model file", "give the model with --model and a document here"),
     (b"\x1f\x8b", "a gzip file", "unpack it first"),
     (b"\x89PNG", "an image", _OCR),

@@ -16,6 +16,7 @@ from capkv_local.documents import read_document
 from capkv_local.errors import CorpusError, DocumentError, unknown_name
 from capkv_local.evaluate.corpus_sources import SOURCES, Document, Source
 from capkv_local.evaluate.tasks.base import SPLITS, Split, Text
+from capkv_local.home import home
 
 __all__ = ["cache_folder", "load_corpus", "read_folder", "split_of", "unwrap"]
 
@@ -53,12 +54,7 @@ def load_corpus(split: Split, folder: Path | None = None) -> list[Text]:
 
 def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
     """Return where archives are kept: ``$CAPKV_HOME/corpus``, or ``corpus`` in the user's cache."""
-    if env.get("CAPKV_HOME"):
-        return Path(env["CAPKV_HOME"]).expanduser().absolute() / "corpus"
-    if env.get("XDG_CACHE_HOME"):
-        return Path(env["XDG_CACHE_HOME"]).absolute() / "capkv-local" / "corpus"
-    caches = Path("Library", "Caches") if sys.platform == "darwin" else Path(".cache")
-    return Path.home() / caches / "capkv-local" / "corpus"
+    return home(env) / "corpus"
 
 
 def read_folder(split: Split, folder: Path) -> list[Text]:

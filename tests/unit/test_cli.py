@@ -39,6 +39,7 @@ class FakeChat:
             raise ZeroDivisionError("oops")
         self.llama = types.SimpleNamespace(model_path="/models/small.gguf")
         self.policy, self.budget, self.allocation = "capkv", 2048, "global"
+        self.extra: dict[str, Any] = {}
 
     @classmethod
     def load(cls, path: Path, **keywords: Any) -> FakeChat:
@@ -102,8 +103,8 @@ class FakeChat:
             t_decode_s=4.0,
         )
 
-    def save(self, path: Path) -> None:
-        Path(path).write_bytes(b"session")
+    def save(self, path: Path) -> int:
+        return Path(path).write_bytes(b"session")
 
     def close(self) -> None:
         self.calls.append(("close", None))
@@ -382,7 +383,7 @@ def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
         ("/budget lots", "error: the budget 'lots' cannot be read; give cells\n"),
         ("/policy norm", "did you mean 'knorm'?"),
         ("/save", "/save needs a file name"),
-        ("/save /nowhere/at/all", "cannot be written: No such file or directory"),
+        ("/save .", "is a folder; name a file in it"),
     ],
 )
 def test_chat_goes_on_after_a_wrong_command(

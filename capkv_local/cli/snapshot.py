@@ -1,0 +1,72 @@
+"""``capkv snapshot``: read documents now, ask about them later."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from pathlib import Path
+
+import click
+
+from capkv_local.cli.common import (
+    ModelOptions,
+    ingest,
+    model_options,
+    open_chat,
+    read_sources,
+    session_path,
+)
+from capkv_local.cli.display import size
+from capkv_local.errors import CapKVError
+
+
+@click.command("snapshot", short_help="Read documents once, and open them at once later.")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.capkv",
+    help="Where the snapshot goes.",
+)
+@click.option("--force", is_flag=True, help="Overwrite the output if it is there.")
+@model_options
+def snapshot_command(
+    files: tuple[str, ...], output: Path, force: bool, options: ModelOptions
+) -> None:
+    """Read each FILE and write what the model keeps of it to a snapshot.
+
+    `capkv chat` and `capkv ask` open a snapshot in well under a second, with the model and the
+    settings it was read with. It also holds the text itself: give it only to whom you would give
+    the documents. A FILE may be a snapshot, too, which is then read on from.
+
+    \b
+    Examples:
+      capkv snapshot book.pdf -o book.capkv
+      capkv snapshot book.pdf -o book.capkv --budget 4096 --type-k q8_0 --type-v q8_0
+      capkv snapshot book.capkv appendix.pdf -o all.capkv
+      capkv chat book.capkv
+      capkv ask book.capkv "Who is the murderer?"
+    """
+    path = session_path(output)
+    _check_output(path, force)  # before hours of reading
+    sources = read_sources(files)
+    with contextlib.closing(open_chat(sources, options)) as session:
+        # Ctrl-C raises here: a snapshot of a part would be taken for the whole.
+        ingest(session, sources)
+        n_bytes = session.save(path)
+    click.echo(f"wrote {path} ({size(n_bytes)}); open it with: capkv chat {shlex.quote(str(path))}")
+
+
+def _check_output(path: Path, force: bool) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise CapKVError(f"there is no folder '{folder}'; make it first, or name another with -o")
+    if not os.access(folder, os.W_OK):
+        raise CapKVError(f"you may not write to the folder '{folder}'; name another with -o")
+    if path.is_dir():
+        raise CapKVError(f"'{path}' is a folder; name a file with -o")
+    if path.exists() and not force:
+        raise CapKVError(f"'{path}' is there already; name another, or overwrite it with --force")
