@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,12 @@ from capkv_local import native
 from capkv_local.cache import KVCacheStats
 from capkv_local.documents import Document
 from capkv_local.errors import ContextOverflow, StateError
-from capkv_local.llama import Budget, CompactedState, Llama, Observe
+from capkv_local.llama import DEFAULT_ROOM, Budget, CompactedState, Llama, Observe
 from capkv_local.models import default_model, fingerprint
 from capkv_local.policies import get_policy
 from capkv_local.session import read_session, write_session
 from capkv_local.template import ChatTemplate
+from capkv_local.turns import newest, split_turns
 
 # Tokens of the context that a document must leave for the question and its answer.
 _REPLY_TOKENS = 256
@@ -60,6 +62,10 @@ class DocumentChat:
         As :class:`~capkv_local.Llama`; ``n_ctx`` None is the context that the model was trained
         with. By default a probe says what stays: reading takes two to three times as long, and
         questions that come later find several times as much (docs/evaluation.md).
+    kv_room
+        Cells for the conversation beside those of the document; a batch's cells serve it, too.
+    keep_turns
+        Whether questions and answers stay in the conversation, see :meth:`ask`.
     n_threads
         CPU threads; None for all.
     n_gpu_layers
@@ -87,6 +93,8 @@ class DocumentChat:
         kv_observe: Observe = "probe",
         probe_stride: int = 1,
         n_ctx: int | None = None,
+        kv_room: int = DEFAULT_ROOM,
+        keep_turns: bool = True,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         type_k: str | None = None,
@@ -104,6 +112,7 @@ class DocumentChat:
             kv_allocation=kv_allocation,
             kv_observe=kv_observe,
             probe_stride=probe_stride,
+            kv_room=kv_room,
             n_threads=threads,
             n_threads_batch=threads,
             n_gpu_layers=n_gpu_layers,
@@ -116,6 +125,7 @@ class DocumentChat:
         # Where the conversation stands: before it, in a user message, or behind an answer.
         self._place: Literal["start", "user", "answer"] = "start"
         self._pending: list[int] = []  # sampled, but not decoded yet
+        self._keep_turns = keep_turns
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -127,6 +137,10 @@ class DocumentChat:
         progress: Callable[[IngestProgress], None] | None = None,
     ) -> IngestReport:
         """Read documents into the conversation.
+
+        What was read is protected: the conversation about it takes no cell from it. In the middle
+        of a conversation, the turns so far and earlier documents share the budget with what is
+        read now, and are protected with it.
 
         Parameters
         ----------
@@ -162,19 +176,21 @@ class DocumentChat:
 
         complete = True
         try:
-            if question is None:
-                llama.prefill(tokens, progress=report)
-            else:
-                llama.prefill(
-                    tokens,
-                    observe="question",
-                    question=self._question_tokens(question),
-                    progress=report,
-                )
+            with llama.unprotected():
+                if question is None:
+                    llama.prefill(tokens, progress=report)
+                else:
+                    llama.prefill(
+                        tokens,
+                        observe="question",
+                        question=self._question_tokens(question),
+                        progress=report,
+                    )
         except KeyboardInterrupt:
             complete = False
         read = llama.n_tokens - done_before
         if read:
+            llama.protect()
             self._place, self._pending = "user", []
         stats = llama.kv_stats()
         seconds = time.perf_counter() - started
@@ -205,22 +221,21 @@ class DocumentChat:
     ) -> Iterator[str]:
         """Answer a question in pieces of text as they are generated.
 
-        Question and answer become part of the conversation. Ctrl-C, or leaving the iterator,
-        ends the answer where it is.
+        Question and answer become part of the conversation; with ``keep_turns=False`` they are
+        dropped afterwards, and the next question meets the same cells. Ctrl-C, or leaving the
+        iterator, ends the answer where it is. The oldest turns are dropped when the context is
+        full.
 
         Raises
         ------
         ContextOverflow
-            The context is full.
+            The context has no room for the question behind the document.
+        BudgetError
+            The conversation's cells do not hold the question.
         """
         llama = self.llama
-        turn = self._user_tokens() + self._question_tokens(question)
+        turn = self._begin_turn(question, min(max_tokens, _REPLY_TOKENS))
         room = llama.n_ctx() - llama.n_tokens - len(turn)
-        if room < 1:
-            raise ContextOverflow(
-                f"the conversation fills the context of {llama.n_ctx()} tokens: start a new one, "
-                "or use a larger --n-ctx"
-            )
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         prompt = [*llama.input_ids[: llama.n_tokens].tolist(), *turn]
         n_answer = 0
@@ -240,16 +255,103 @@ class DocumentChat:
         finally:
             if llama.n_tokens >= len(prompt):
                 self._place = "answer"
+            if not self._keep_turns:
+                self.forget()
+
+    def _begin_turn(self, question: str, n_reply: int) -> list[int]:
+        """Tokens of a question here, after seeing to their room and that of ``n_reply`` more."""
+        llama = self.llama
+        if not self._keep_turns:
+            self.forget()
+        asked = self._question_tokens(question)
+        turn = self._user_tokens() + asked
+        n_ctx, n_first = llama.n_ctx(), llama.n_protected or len(self._template.first)
+        if n_first + len(asked) >= n_ctx:
+            raise ContextOverflow(
+                f"a question of {len(asked)} tokens does not fit into the context of {n_ctx}, "
+                f"behind {n_first} that were read: use a larger --n-ctx or a shorter question"
+            )
+        if len(asked) <= llama.n_turns and llama.n_tokens + len(turn) + n_reply > n_ctx:
+            with self._turns_aside(len(turn)):
+                pass
+            turn = self._user_tokens() + asked
+        llama.begin_turn(len(turn))
+        return turn
+
+    # -- turns ---------------------------------------------------------------------------------
+
+    @property
+    def keep_turns(self) -> bool:
+        """Whether questions and answers stay in the conversation."""
+        return self._keep_turns
+
+    def set_keep_turns(self, keep: bool) -> None:
+        """Keep questions and answers from now on, or drop them, those so far included.
+
+        Raises
+        ------
+        StateError
+            As :meth:`forget`; nothing changes.
+        """
+        if not keep:
+            self.forget()
+        self._keep_turns = keep
+
+    def forget(self) -> None:
+        """Drop all turns: the next question meets the cells that reading has left.
+
+        Raises
+        ------
+        StateError
+            See :meth:`capkv_local.Llama.forget`.
+        """
+        self.llama.forget()
+        self._place, self._pending = ("user" if self.llama.n_protected else "start"), []
+
+    @contextlib.contextmanager
+    def _turns_aside(self, n_next: int = 0) -> Iterator[None]:
+        """Inside, there is the document alone; then the newest turns are read again.
+
+        As many as leave ``n_next`` of their cells, and half of the context behind the document.
+        """
+        llama = self.llama
+        place, pending = self._place, self._pending
+        said = llama.input_ids[llama.n_protected : llama.n_tokens].tolist()
+        if not said:
+            yield
+            return
+        # Without a document, its place is taken by what opens a conversation.
+        first = [] if llama.n_protected else self._template.first
+        turns = split_turns(said[len(first) :], self._template.between)
+        self.forget()
+        try:
+            yield
+        finally:
+            half = (llama.n_ctx() - llama.n_protected) // 2
+            kept = newest(turns, min(llama.n_turns, half) - n_next - len(first))
+            if kept:
+                try:
+                    llama.prefill(first + kept)
+                except BaseException:
+                    self.forget()  # half a turn is none
+                    raise
+                self._place, self._pending = place, pending
 
     # -- settings and state --------------------------------------------------------------------
 
     def set_budget(self, value: Budget) -> None:
-        """See :meth:`capkv_local.Llama.set_kv_budget`."""
-        self.llama.set_kv_budget(value)
+        """See :meth:`capkv_local.Llama.set_kv_budget`; a smaller one evicts from the document."""
+        if self.llama.kv_cells(value) >= self.stats().budget:
+            self.llama.set_kv_budget(value)
+            return
+        with self._turns_aside():
+            self.llama.set_kv_budget(value)
 
     def set_policy(self, name: str) -> None:
         """See :meth:`capkv_local.Llama.set_kv_policy`."""
-        self.llama.set_kv_policy(name)
+        policy = get_policy(name)
+        with self._turns_aside():
+            self.llama.set_kv_policy(policy)
 
     def set_allocation(self, name: str) -> None:
         """See :meth:`capkv_local.Llama.set_kv_allocation`."""
@@ -278,6 +380,8 @@ class DocumentChat:
             "kv_allocation": llama.kv_stats().allocation,
             "kv_observe": llama.kv_observe,
             "n_repeated": state.n_repeated,
+            "n_protected": state.n_protected,
+            "kv_room": llama.kv_room,
             "n_ctx": llama.n_ctx(),
             "types": self._types,
             "seed": state.seed,
@@ -290,6 +394,8 @@ class DocumentChat:
         }
         if state.carried is not None:
             arrays["carried"] = state.carried
+        if state.copy is not None:
+            arrays["copy"] = np.frombuffer(state.copy, dtype=np.uint8)
         write_session(path, header, arrays)
 
     @classmethod
@@ -309,6 +415,7 @@ class DocumentChat:
         header, arrays = read_session(path)
         type_k, type_v = header["types"]
         given = {"type_k": type_k, "type_v": type_v, "n_ctx": header["n_ctx"], **settings}
+        given.setdefault("kv_room", header.get("kv_room", DEFAULT_ROOM))
         budget, policy = given.pop("kv_budget", None), given.pop("kv_policy", None)
         allocation = given.pop("kv_allocation", None)
         observe = header.get("kv_observe", "tail")
@@ -340,6 +447,8 @@ class DocumentChat:
         )
         state.policy, state.carried = header["kv_policy"], arrays.get("carried")
         state.n_repeated = header.get("n_repeated", 0)
+        state.n_protected = header.get("n_protected", 0)
+        state.copy = arrays["copy"].tobytes() if "copy" in arrays else None
         chat.llama.load_state(state)
         chat._place, chat._pending = header["place"], list(header["pending"])
         if policy is not None and policy != header["kv_policy"]:

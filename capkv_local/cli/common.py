@@ -92,6 +92,7 @@ class ModelOptions:
     kv_observe: str | None = None
     probe_stride: int | None = None
     n_ctx: int | None = None
+    kv_room: int | None = None
     n_threads: int | None = None
     n_gpu_layers: int | None = None
     type_k: str | None = None
@@ -173,6 +174,14 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         type=click.IntRange(min=1),
         metavar="N",
         help="Tokens that document and conversation may have together.",
+    ),
+    click.option(
+        "--room",
+        "kv_room",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Cells for the conversation, beside the document's and those of a batch (512): "
+        "longer questions, and more of what was said. [default: 256]",
     ),
     click.option(
         "--threads", "n_threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."

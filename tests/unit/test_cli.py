@@ -79,6 +79,15 @@ class FakeChat:
     def set_allocation(self, name: str) -> None:
         self.allocation = name
 
+    keep_turns = True
+
+    def set_keep_turns(self, keep: bool) -> None:
+        self.calls.append(("keep", keep))
+        self.keep_turns = keep
+
+    def forget(self) -> None:
+        self.calls.append(("forget", None))
+
     def stats(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(
             policy=self.policy,
@@ -91,6 +100,10 @@ class FakeChat:
             kv_bytes=65536,
             kv_bytes_full=1024000,
             observe_bytes=2048,
+            n_protected=900,
+            n_cells_protected=50,
+            n_cells_conversation=526,
+            copy_bytes=4096,
             evictions=3,
             cells_evicted=936,
             t_score_s=0.1,
