@@ -271,7 +271,7 @@ class DocumentChat:
                 f"a question of {len(asked)} tokens does not fit into the context of {n_ctx}, "
                 f"behind {n_first} that were read: use a larger --n-ctx or a shorter question"
             )
-        if len(asked) <= llama.n_turns and llama.n_tokens + len(turn) + n_reply > n_ctx:
+        if len(asked) <= llama.n_turn_max and llama.n_tokens + len(turn) + n_reply > n_ctx:
             with self._turns_aside(len(turn)):
                 pass
             turn = self._user_tokens() + asked
@@ -328,7 +328,7 @@ class DocumentChat:
             yield
         finally:
             half = (llama.n_ctx() - llama.n_protected) // 2
-            kept = newest(turns, min(llama.n_turns, half) - n_next - len(first))
+            kept = newest(turns, min(llama.n_turn_max, half) - n_next - len(first))
             if kept:
                 try:
                     llama.prefill(first + kept)

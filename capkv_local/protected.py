@@ -25,8 +25,8 @@ class ProtectedLlama(StreamingLlama):
         return 0 if self._cache is None else self._cache.protection.n_tokens
 
     @property
-    def n_turns(self) -> int:
-        """Cells per head that the newest turns may take behind what is protected."""
+    def n_turn_max(self) -> int:
+        """Most tokens of a question behind what is protected, or of turns that are read again."""
         cache = self._require_cache()
         if self._never_full(cache):
             return self._n_ctx
@@ -78,12 +78,12 @@ class ProtectedLlama(StreamingLlama):
         cache = self._require_cache()
         if cache.protection.n_tokens == 0:
             return
-        if n_tokens > self.n_turns:
+        if n_tokens > self.n_turn_max:
             raise BudgetError(
                 f"a question of {n_tokens} tokens is too long: the conversation has "
-                f"{cache.n_conversation} cells beside the document, and {self.n_turns} of them "
-                "for a question; ask a shorter one, read it as a document, or use a larger "
-                "kv_room (--room)"
+                f"{cache.n_conversation} cells beside the document, and at most "
+                f"{self.n_turn_max} of them are for a question; ask a shorter one, or start with "
+                "a larger kv_room (--room)"
             )
         cache.protection.question = range(self.n_tokens, self.n_tokens + n_tokens)
 

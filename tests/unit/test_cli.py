@@ -259,6 +259,7 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
     assert fake.calls[0] == ("open", {"verbose": False, "kv_observe": "tail"})
     fake.calls.clear()
     options = "--model m.gguf --policy knorm --budget 25% --n-ctx 999 --threads 3 --gpu-layers -1"
+    options += " --room 512"
     more = "--type-k Q8_0 --type-v f16 --seed 7 --allocation uniform --observe probe -v"
     run("ask", TXT, "why?", *options.split(), *more.split())
     expected = {
@@ -268,6 +269,7 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
         "kv_budget": "25%",
         "kv_allocation": "uniform",
         "n_ctx": 999,
+        "kv_room": 512,
         "n_threads": 3,
         "n_gpu_layers": -1,
         "type_k": "q8_0",
@@ -344,6 +346,12 @@ def test_chat_answers_lines_from_a_pipe(fake: type[FakeChat], run: Run) -> None:
     assert lines[-1].startswith("read harbour.txt: 1,000 tokens in 10 s, 100/s; 64 cells kept")
 
 
+def test_chat_can_drop_every_turn(fake: type[FakeChat], run: Run) -> None:
+    result = run("chat", TXT, "--forget", stdin="why?\n")
+    assert result.exit_code == 0 and "48213" in result.stdout
+    assert ("keep", False) in fake.calls
+
+
 def test_chat_keeps_what_was_read_before_ctrl_c(fake: type[FakeChat], run: Run) -> None:
     fake.interrupt_ingest_at = 400
     result = run("chat", TXT, stdin="why?\n")
@@ -367,12 +375,21 @@ def test_chat_ctrl_c_stops_the_answer_only(fake: type[FakeChat], run: Run) -> No
 def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
     target = tmp_path / "my session"
     lines = ["/stats", "/budget 64", "/policy knorm", "/allocation uniform", f"/save {target}"]
-    lines += ["/help", "/quit", "why?"]
+    lines += ["/keep", "/keep off", "/keep on", "/forget", "/help", "/quit", "why?"]
     result = run("chat", TXT, stdin="\n".join(lines))
     assert result.exit_code == 0
-    assert "KV memory    64.0 KiB, 94% less than the 1000.0 KiB without eviction" in result.stdout
-    assert "evictions    3 (936 cells evicted)" in result.stdout
+    assert "KV memory     64.0 KiB, 94% less than the 1000.0 KiB without eviction" in result.stdout
+    assert "evictions     3 (936 cells evicted)" in result.stdout
     assert "64 of 576 per head (30 to 120)" in result.stdout
+    assert "document      50 of them, of 900 tokens" in result.stdout
+    assert "conversation  14 of 526 beside the document" in result.stdout
+    assert "copy          4.0 KiB, to go back to the document alone" in result.stdout
+    assert result.stdout.count("keep: on, ") == 2 and "keep: off, " in result.stdout
+    assert [call for call in fake.calls if call[0] in ("keep", "forget")] == [
+        ("keep", False),
+        ("keep", True),
+        ("forget", None),
+    ]
     assert "budget: 64 cells per head, global" in result.stdout
     assert "allocation: uniform" in result.stdout
     assert "policy: knorm" in result.stdout
@@ -392,6 +409,7 @@ def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
         ("/budget lots", "error: the budget 'lots' cannot be read; give cells\n"),
         ("/policy norm", "did you mean 'knorm'?"),
         ("/save", "/save needs a file name"),
+        ("/keep maybe", "error: /keep maybe: it is either on or off\n"),
         ("/save /nowhere/at/all", "cannot be written: No such file or directory"),
     ],
 )
