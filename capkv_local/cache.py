@@ -26,6 +26,8 @@ FLOOR = 0.2
 
 # Computes the attention of a repetition on the first cells, see KVStats.probe_attention().
 Repeat = Callable[[Reduce], F32]
+# Computes the attention of the last tokens anew, see KVStats.window_attention().
+Look = Callable[[Reduce, bool], F32]
 
 ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
 
@@ -92,6 +94,7 @@ class NativeStats:
         n_queries: int,
         carried: F32 | None,
         repeat: Repeat | None = None,
+        look: Look | None = None,
     ) -> None:
         info = kv.info()
         self._kv = kv
@@ -104,6 +107,7 @@ class NativeStats:
         self.carried = carried
         self.carry_next: F32 | None = None
         self._repeat = repeat
+        self._look = look
         self._positions: I32 | None = None
 
     @property
@@ -118,6 +122,8 @@ class NativeStats:
         reduce: Reduce = "mean",
         per_query_head: bool = False,
     ) -> F32:
+        if self.n_queries == 0 and self._look is not None:
+            return self._look(reduce, per_query_head)
         return self._kv.score(
             ATTENTION[reduce],
             n_cells=self.n_cells,
@@ -229,7 +235,13 @@ class CompactCache:
         self.n_repeated = 0
 
     def choose(
-        self, *, n_tokens: int, n_cells: int, n_queries: int = 0, repeat: Repeat | None = None
+        self,
+        *,
+        n_tokens: int,
+        n_cells: int,
+        n_queries: int = 0,
+        repeat: Repeat | None = None,
+        look: Look | None = None,
     ) -> tuple[Mask, F32 | None]:
         """Cells to keep, ``[n_layer, n_head_kv, n_cells]``, and the relevance to carry with them.
 
@@ -246,6 +258,8 @@ class CompactCache:
             So many of the last queries observe, 0 for the policy's window.
         repeat
             Where the policy finds the attention of a repetition.
+        look
+            Where it finds that of its window if no query has been observed.
 
         Raises
         ------
@@ -267,6 +281,7 @@ class CompactCache:
             n_queries=n_queries or min(self.policy.n_window, self.kv.info().n_queries),
             carried=self._carried(n_cells),
             repeat=repeat,
+            look=look,
         )
         scores = self.policy.score(stats)
         if scores.shape != (stats.n_layer, stats.n_head_kv, n_cells):

@@ -264,17 +264,22 @@ class DocumentChat:
         if not self._keep_turns:
             self.forget()
         asked = self._question_tokens(question)
-        turn = self._user_tokens() + asked
-        n_ctx, n_first = llama.n_ctx(), llama.n_protected or len(self._template.first)
-        if n_first + len(asked) >= n_ctx:
+        n_ctx, n_document = llama.n_ctx(), llama.n_protected
+        if n_document + len(asked) >= n_ctx:
             raise ContextOverflow(
                 f"a question of {len(asked)} tokens does not fit into the context of {n_ctx}, "
-                f"behind {n_first} that were read: use a larger --n-ctx or a shorter question"
+                f"behind {n_document} that were read: use a larger --n-ctx or a shorter question"
             )
-        if len(asked) <= llama.n_turn_max and llama.n_tokens + len(turn) + n_reply > n_ctx:
+        turn = self._user_tokens() + asked
+        if len(turn) <= llama.n_turn_max and llama.n_tokens + len(turn) + n_reply > n_ctx:
             with self._turns_aside(len(turn)):
                 pass
             turn = self._user_tokens() + asked
+        if llama.n_tokens + len(turn) >= n_ctx and not n_document:
+            raise ContextOverflow(
+                f"the conversation fills the context of {n_ctx} tokens: start a new one, or use a "
+                "larger --n-ctx"
+            )
         llama.begin_turn(len(turn))
         return turn
 
@@ -317,21 +322,19 @@ class DocumentChat:
         llama = self.llama
         place, pending = self._place, self._pending
         said = llama.input_ids[llama.n_protected : llama.n_tokens].tolist()
-        if not said:
+        if not said or not llama.n_protected:
             yield
             return
-        # Without a document, its place is taken by what opens a conversation.
-        first = [] if llama.n_protected else self._template.first
-        turns = split_turns(said[len(first) :], self._template.between)
+        turns = split_turns(said, self._template.between)
         self.forget()
         try:
             yield
         finally:
             half = (llama.n_ctx() - llama.n_protected) // 2
-            kept = newest(turns, min(llama.n_turn_max, half) - n_next - len(first))
+            kept = newest(turns, min(llama.n_turn_max, half) - n_next)
             if kept:
                 try:
-                    llama.prefill(first + kept)
+                    llama.prefill(kept)
                 except BaseException:
                     self.forget()  # half a turn is none
                     raise

@@ -238,6 +238,7 @@ class StreamingLlama(llama_cpp.Llama):
                 n_cells=n_cells,
                 n_queries=min(n_question, cache.policy.n_window),
                 repeat=None if probe is None else repeat,
+                look=lambda reduce, per_head: self._look(cache, n_cells, reduce, per_head),
             )
         finally:
             if n_question:
@@ -249,6 +250,17 @@ class StreamingLlama(llama_cpp.Llama):
         cache.apply(keep, carry)
         if probe is not None:
             cache.n_repeated = self.n_tokens
+
+    def _look(self, cache: CompactCache, n_cells: int, reduce: Reduce, per_head: bool) -> F32:
+        """Attention of the last tokens, decoded once more: their queries are not there any more."""
+        n = min(cache.policy.n_window, self.n_tokens, cache.kv.info().n_free)
+        try:
+            self._decode_scratch(cache, self.input_ids[self.n_tokens - n : self.n_tokens].tolist())
+            return cache.kv.score(
+                ATTENTION[reduce], n_cells=n_cells, n_queries=n, per_head=per_head
+            )
+        finally:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
 
     def _repeat(self, cache: CompactCache, probe: Probe, n_cells: int, reduce: Reduce) -> F32:
         """Attention on the first ``n_cells`` cells while what is new in them is repeated."""
