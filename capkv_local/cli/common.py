@@ -180,8 +180,8 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "kv_room",
         type=click.IntRange(min=0),
         metavar="N",
-        help="Cells for the conversation, beside the document's and those of a batch (512): "
-        "longer questions, and more of what was said. [default: 256]",
+        help="Cells for the conversation beside a batch's (512), which serve it, too: for longer "
+        "questions, and to keep more of what was said. [default: 256]",
     ),
     click.option(
         "--threads", "n_threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."
