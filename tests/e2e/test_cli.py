@@ -56,7 +56,7 @@ def test_chat_through_a_pipe_and_on_from_the_saved_session(tmp_path: Path) -> No
 
 
 def test_chat_drops_turns_and_tells_what_does_not_fit() -> None:
-    lines = [QUESTION, "Say hello.", QUESTION, "/keep on", QUESTION, "Why?", "/forget", QUESTION]
+    lines = [QUESTION, "Say hello.", QUESTION, "/keep on", QUESTION, "/forget", QUESTION]
     lines += ["long " * 9000, "/stats"]
     run = capkv("chat", str(HARBOUR), "--forget", "--max-tokens", "24", stdin="\n".join(lines))
     first = run.stdout.split("\n\n")[0]
