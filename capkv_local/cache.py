@@ -17,6 +17,7 @@ from capkv_local.errors import BudgetError, PolicyError
 from capkv_local.native import F32, I32, KVCache, Mask, Stat
 from capkv_local.policies import Policy
 from capkv_local.policies.base import Reduce
+from capkv_local.protection import FREED, Protection
 from capkv_local.select import contested, keep_mask
 
 # Share of a uniform budget that every head keeps whatever its scores say: heads that look idle
@@ -25,6 +26,8 @@ FLOOR = 0.2
 
 # Computes the attention of a repetition on the first cells, see KVStats.probe_attention().
 Repeat = Callable[[Reduce], F32]
+# Computes the attention of the last tokens anew, see KVStats.window_attention().
+Look = Callable[[Reduce, bool], F32]
 
 ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
 
@@ -43,7 +46,9 @@ class KVCacheStats:
     the most that a head holds now. ``kv_bytes`` is the memory that is allocated for K and V (all
     layers), ``kv_bytes_full`` what the same context would take without eviction, and
     ``observe_bytes`` what the observed queries take. Times are wall seconds since the model was
-    loaded.
+    loaded. ``n_protected`` tokens (a document) are protected, ``n_cells_protected`` cells hold
+    them, and ``n_cells_conversation`` are there for all that follows; ``copy_bytes`` is the host
+    memory of a copy to go back to them, see :meth:`~capkv_local.Llama.forget`.
     """
 
     policy: str | None
@@ -62,6 +67,10 @@ class KVCacheStats:
     t_select_s: float = 0.0
     t_evict_s: float = 0.0
     t_decode_s: float = 0.0
+    n_protected: int = 0
+    n_cells_protected: int = 0
+    n_cells_conversation: int = 0
+    copy_bytes: int = 0
 
 
 @dataclass
@@ -85,6 +94,7 @@ class NativeStats:
         n_queries: int,
         carried: F32 | None,
         repeat: Repeat | None = None,
+        look: Look | None = None,
     ) -> None:
         info = kv.info()
         self._kv = kv
@@ -97,6 +107,7 @@ class NativeStats:
         self.carried = carried
         self.carry_next: F32 | None = None
         self._repeat = repeat
+        self._look = look
         self._positions: I32 | None = None
 
     @property
@@ -111,6 +122,8 @@ class NativeStats:
         reduce: Reduce = "mean",
         per_query_head: bool = False,
     ) -> F32:
+        if self.n_queries == 0 and self._look is not None:
+            return self._look(reduce, per_query_head)
         return self._kv.score(
             ATTENTION[reduce],
             n_cells=self.n_cells,
@@ -173,6 +186,7 @@ class CompactCache:
     counters: _Counters = field(default_factory=_Counters)
     carried: F32 | None = None  # [n_layer, n_head_kv, most cells kept by the last eviction]
     n_repeated: int = 0  # tokens that were repeated for the policy
+    protection: Protection = field(default_factory=Protection)
 
     def __post_init__(self) -> None:
         self.observe()
@@ -180,6 +194,26 @@ class CompactCache:
     @property
     def evicts(self) -> bool:
         return evicts(self.policy)
+
+    @property
+    def n_conversation(self) -> int:
+        """Cells per head for what comes after the protected tokens; the probe's stay free."""
+        return self.kv.info().n_allocated - self.n_probe - self.protection.n_held
+
+    @property
+    def n_left(self) -> int:
+        """Cells per head that an eviction leaves, on average."""
+        if self.protection.n_tokens == 0:
+            return self.budget
+        n = self.n_conversation
+        return self.protection.n_held + n - int(n * FREED)
+
+    def protect(self, n_tokens: int, copy: bytes | None = None) -> None:
+        """Leave the cells of the first ``n_tokens`` tokens alone from now on."""
+        positions = self.kv.positions()
+        n_rows = int(((positions >= 0) & (positions < n_tokens)).sum())
+        n_held = -(-n_rows // self.kv.info().n_heads)
+        self.protection = Protection(n_tokens, n_held, copy=copy)
 
     def observe(self) -> None:
         """Have the queries observed that the policy needs; what was observed is forgotten."""
@@ -201,11 +235,18 @@ class CompactCache:
         self.n_repeated = 0
 
     def choose(
-        self, *, n_tokens: int, n_cells: int, n_queries: int = 0, repeat: Repeat | None = None
+        self,
+        *,
+        n_tokens: int,
+        n_cells: int,
+        n_queries: int = 0,
+        repeat: Repeat | None = None,
+        look: Look | None = None,
     ) -> tuple[Mask, F32 | None]:
         """Cells to keep, ``[n_layer, n_head_kv, n_cells]``, and the relevance to carry with them.
 
-        They are ``budget`` of the first ``n_cells`` cells per head, on average.
+        They are ``n_left`` of the first ``n_cells`` cells per head, on average; protected cells
+        are always among them, and what is known of these stays as it is.
 
         Parameters
         ----------
@@ -217,6 +258,8 @@ class CompactCache:
             So many of the last queries observe, 0 for the policy's window.
         repeat
             Where the policy finds the attention of a repetition.
+        look
+            Where it finds that of its window if no query has been observed.
 
         Raises
         ------
@@ -238,6 +281,7 @@ class CompactCache:
             n_queries=n_queries or min(self.policy.n_window, self.kv.info().n_queries),
             carried=self._carried(n_cells),
             repeat=repeat,
+            look=look,
         )
         scores = self.policy.score(stats)
         if scores.shape != (stats.n_layer, stats.n_head_kv, n_cells):
@@ -246,19 +290,27 @@ class CompactCache:
                 f"{(stats.n_layer, stats.n_head_kv, n_cells)}"
             )
         t1 = time.perf_counter()
-        keep = self._select(scores, stats.positions >= 0)
+        protected = self.protection.mask(stats.positions)
+        keep = self._select(scores, stats.positions >= 0, protected)
+        carry = stats.carry_next
+        if carry is not None and protected is not None:
+            before = np.float32(0) if stats.carried is None else stats.carried
+            carry = np.where(protected, before, carry)
         t2 = time.perf_counter()
         self.counters.t_score_s += t1 - t0
         self.counters.t_select_s += t2 - t1
-        return keep, stats.carry_next
+        return keep, carry
 
-    def _select(self, scores: F32, held: Mask) -> Mask:
-        ends = {"n_sinks": self.policy.n_sinks, "n_recent": self.policy.n_recent}
-        open_ = contested(held, **ends)
-        n_always = (held & ~open_).sum(axis=-1)  # sinks and recent cells, [n_layer, n_head_kv]
+    def _select(self, scores: F32, held: Mask, protected: Mask | None) -> Mask:
+        n_sinks, n_recent = self.policy.n_sinks, self.policy.n_recent
+        open_ = contested(held, n_sinks=n_sinks, n_recent=n_recent, protected=protected)
+        # Sinks, recent and protected cells, [n_layer, n_head_kv]
+        n_always = (held & ~open_).sum(axis=-1)
         pools = self.kv.pools()
-        counts = share_out(self.allocation, scores, open_, n_always, pools, self.budget, FLOOR)
-        return keep_mask(scores, held, counts, **ends)
+        counts = share_out(self.allocation, scores, open_, n_always, pools, self.n_left, FLOOR)
+        return keep_mask(
+            scores, held, counts, n_sinks=n_sinks, n_recent=n_recent, protected=protected
+        )
 
     def apply(self, keep: Mask, carry: F32 | None) -> None:
         """Evict all cells but ``keep``; ``carry`` moves with them."""
@@ -269,6 +321,14 @@ class CompactCache:
         self.counters.t_evict_s += time.perf_counter() - t0
         self.counters.evictions += 1
         self.counters.cells_evicted += n_rows - int(keep.sum())
+
+    def forget_behind(self, n_tokens: int) -> None:
+        """Keep what is carried for the first ``n_tokens`` tokens, as if no others had come."""
+        positions = self.kv.positions()
+        carried = self._carried(positions.shape[-1])
+        if carried is not None:
+            self.carried = _move(carried, (positions >= 0) & (positions < n_tokens))
+        self.n_repeated = min(self.n_repeated, n_tokens)
 
     def _carried(self, n_cells: int) -> F32 | None:
         """Carried relevance of the first ``n_cells`` cells, 0 for those that are new."""
@@ -301,6 +361,10 @@ class CompactCache:
             t_select_s=c.t_select_s,
             t_evict_s=c.t_evict_s,
             t_decode_s=t_decode_s,
+            n_protected=self.protection.n_tokens,
+            n_cells_protected=self.protection.n_held,
+            n_cells_conversation=self.n_conversation if self.protection.n_tokens else 0,
+            copy_bytes=len(self.protection.copy or b""),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from capkv_local import native
 from capkv_local.cache import KVCacheStats
 from capkv_local.documents import Document, DocumentStream
 from capkv_local.errors import ContextOverflow
-from capkv_local.llama import Budget, Llama, Observe
+from capkv_local.llama import DEFAULT_ROOM, Budget, Llama, Observe
 from capkv_local.models import default_model, fingerprint
 from capkv_local.policies import get_policy
 from capkv_local.reading import IngestProgress, IngestReport, Meter, Reading
@@ -22,6 +23,7 @@ from capkv_local.saved import SavedChat
 from capkv_local.sources import SourceMap
 from capkv_local.template import ChatTemplate
 from capkv_local.tokenise import Vocabulary
+from capkv_local.turns import newest, split_turns
 
 __all__ = ["DocumentChat", "IngestProgress", "IngestReport"]
 
@@ -40,6 +42,10 @@ class DocumentChat(SavedChat):
         As :class:`~capkv_local.Llama`; ``n_ctx`` None is the context that the model was trained
         with. By default a probe says what stays: reading takes two to three times as long, and
         questions that come later find several times as much (docs/evaluation.md).
+    kv_room
+        Cells for the conversation beside those of the document; a batch's cells serve it, too.
+    keep_turns
+        Whether questions and answers stay in the conversation, see :meth:`ask`.
     n_threads
         CPU threads; None for all.
     n_gpu_layers
@@ -67,6 +73,8 @@ class DocumentChat(SavedChat):
         kv_observe: Observe = "probe",
         probe_stride: int = 1,
         n_ctx: int | None = None,
+        kv_room: int = DEFAULT_ROOM,
+        keep_turns: bool = True,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         type_k: str | None = None,
@@ -87,6 +95,7 @@ class DocumentChat(SavedChat):
             kv_allocation=kv_allocation,
             kv_observe=kv_observe,
             probe_stride=probe_stride,
+            kv_room=kv_room,
             n_threads=threads,
             n_threads_batch=threads,
             n_gpu_layers=n_gpu_layers,
@@ -100,6 +109,7 @@ class DocumentChat(SavedChat):
         self._place = "start"
         self._pending = []  # sampled, but not decoded yet
         self._sources = SourceMap()  # which document each token is of
+        self._keep_turns = keep_turns
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -111,6 +121,10 @@ class DocumentChat(SavedChat):
         progress: Callable[[IngestProgress], None] | None = None,
     ) -> IngestReport:
         """Read documents into the conversation; a document may be larger than memory.
+
+        What was read is protected: the conversation about it takes no cell from it. In the middle
+        of a conversation, the turns so far and earlier documents share the budget with what is
+        read now, and are protected with it.
 
         Parameters
         ----------
@@ -145,17 +159,19 @@ class DocumentChat(SavedChat):
             looks = {"observe": "question", "question": self._question_tokens(question)}
         meter, complete = Meter(llama, reading, progress), True
         try:
-            for tokens, last in reading.pieces():
-                left = max(0, room - meter.n_read)
-                fits = len(tokens) <= left
-                llama.prefill(tokens[:left], progress=meter, more=fits and not last, **looks)
-                if not fits:
-                    what = f"the documents have more than the {meter.n_read} tokens that were read"
-                    raise self._overflow(what, room, meter.n_read)
+            with llama.unprotected():
+                for tokens, last in reading.pieces():
+                    left = max(0, room - meter.n_read)
+                    fits = len(tokens) <= left
+                    llama.prefill(tokens[:left], progress=meter, more=fits and not last, **looks)
+                    if not fits:
+                        what = f"the documents have more than the {meter.n_read} tokens read"
+                        raise self._overflow(what, room, meter.n_read)
         except KeyboardInterrupt:
             complete = False
         finally:
             if meter.n_read:
+                llama.protect()
                 self._place, self._pending = "user", []
                 reading.note_sources(self._sources, n_before, llama.n_tokens)
         stats = llama.kv_stats()
@@ -189,22 +205,21 @@ class DocumentChat(SavedChat):
     ) -> Iterator[str]:
         """Answer a question in pieces of text as they are generated.
 
-        Question and answer become part of the conversation. Ctrl-C, or leaving the iterator,
-        ends the answer where it is.
+        Question and answer become part of the conversation; with ``keep_turns=False`` they are
+        dropped afterwards, and the next question meets the same cells. Ctrl-C, or leaving the
+        iterator, ends the answer where it is. The oldest turns are dropped when the context is
+        full.
 
         Raises
         ------
         ContextOverflow
-            The context is full.
+            The context has no room for the question behind the document.
+        BudgetError
+            The conversation's cells do not hold the question.
         """
         llama = self.llama
-        turn = self._user_tokens() + self._question_tokens(question)
+        turn = self._begin_turn(question, min(max_tokens, _REPLY_TOKENS))
         room = llama.n_ctx() - llama.n_tokens - len(turn)
-        if room < 1:
-            raise ContextOverflow(
-                f"the conversation fills the context of {llama.n_ctx()} tokens: start a new one, "
-                "or use a larger --n-ctx"
-            )
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         prompt = [*llama.input_ids[: llama.n_tokens].tolist(), *turn]
         n_answer = 0
@@ -224,16 +239,106 @@ class DocumentChat(SavedChat):
         finally:
             if llama.n_tokens >= len(prompt):
                 self._place = "answer"
+            if not self._keep_turns:
+                self.forget()
+
+    def _begin_turn(self, question: str, n_reply: int) -> list[int]:
+        """Tokens of a question here, after seeing to their room and that of ``n_reply`` more."""
+        llama = self.llama
+        if not self._keep_turns:
+            self.forget()
+        asked = self._question_tokens(question)
+        n_ctx, n_document = llama.n_ctx(), llama.n_protected
+        if n_document + len(asked) >= n_ctx:
+            raise ContextOverflow(
+                f"a question of {len(asked)} tokens does not fit into the context of {n_ctx}, "
+                f"behind {n_document} that were read: use a larger --n-ctx or a shorter question"
+            )
+        turn = self._user_tokens() + asked
+        if len(turn) <= llama.n_turn_max and llama.n_tokens + len(turn) + n_reply > n_ctx:
+            with self._turns_aside(len(turn)):
+                pass
+            turn = self._user_tokens() + asked
+        if llama.n_tokens + len(turn) >= n_ctx and not n_document:
+            raise ContextOverflow(
+                f"the conversation fills the context of {n_ctx} tokens: start a new one, or use a "
+                "larger --n-ctx"
+            )
+        llama.begin_turn(len(turn))
+        return turn
+
+    # -- turns ---------------------------------------------------------------------------------
+
+    @property
+    def keep_turns(self) -> bool:
+        """Whether questions and answers stay in the conversation."""
+        return self._keep_turns
+
+    def set_keep_turns(self, keep: bool) -> None:
+        """Keep questions and answers from now on, or drop them, those so far included.
+
+        Raises
+        ------
+        StateError
+            As :meth:`forget`; nothing changes.
+        """
+        if not keep:
+            self.forget()
+        self._keep_turns = keep
+
+    def forget(self) -> None:
+        """Drop all turns: the next question meets the cells that reading has left.
+
+        Raises
+        ------
+        StateError
+            See :meth:`capkv_local.Llama.forget`.
+        """
+        self.llama.forget()
+        self._place, self._pending = ("user" if self.llama.n_protected else "start"), []
+
+    @contextlib.contextmanager
+    def _turns_aside(self, n_next: int = 0) -> Iterator[None]:
+        """Inside, there is the document alone; then the newest turns are read again.
+
+        As many as leave ``n_next`` of their cells, and half of the context behind the document.
+        """
+        llama = self.llama
+        place, pending = self._place, self._pending
+        said = llama.input_ids[llama.n_protected : llama.n_tokens].tolist()
+        if not said or not llama.n_protected:
+            yield
+            return
+        turns = split_turns(said, self._template.between)
+        self.forget()
+        try:
+            yield
+        finally:
+            half = (llama.n_ctx() - llama.n_protected) // 2
+            kept = newest(turns, min(llama.n_turn_max, half) - n_next)
+            if kept:
+                try:
+                    llama.prefill(kept)
+                except BaseException:
+                    self.forget()  # half a turn is none
+                    raise
+                self._place, self._pending = place, pending
 
     # -- settings and state --------------------------------------------------------------------
 
     def set_budget(self, value: Budget) -> None:
-        """See :meth:`capkv_local.Llama.set_kv_budget`."""
-        self.llama.set_kv_budget(value)
+        """See :meth:`capkv_local.Llama.set_kv_budget`; a smaller one evicts from the document."""
+        if self.llama.kv_cells(value) >= self.stats().budget:
+            self.llama.set_kv_budget(value)
+            return
+        with self._turns_aside():
+            self.llama.set_kv_budget(value)
 
     def set_policy(self, name: str) -> None:
         """See :meth:`capkv_local.Llama.set_kv_policy`."""
-        self.llama.set_kv_policy(name)
+        policy = get_policy(name)
+        with self._turns_aside():
+            self.llama.set_kv_policy(policy)
 
     def set_allocation(self, name: str) -> None:
         """See :meth:`capkv_local.Llama.set_kv_allocation`."""

@@ -31,7 +31,7 @@ from capkv_local.interrupt import deferred_interrupt
 from capkv_local.models import check_model_file, load_errors
 from capkv_local.policies import Policy, get_policy
 from capkv_local.probe import REQUEST, Probe
-from capkv_local.streaming import StreamingLlama
+from capkv_local.protected import ProtectedLlama
 from capkv_local.template import ChatTemplate
 
 Budget = int | float | str
@@ -47,10 +47,12 @@ class CompactedState(llama_cpp.LlamaState):
 
     carried: Any = None
     n_repeated: int = 0
+    n_protected: int = 0
+    copy: bytes | None = None  # see Protection
     policy: str | None = None
 
 
-class Llama(StreamingLlama):
+class Llama(ProtectedLlama):
     """A drop-in for :class:`llama_cpp.Llama` with per-head eviction of KV cells.
 
     Parameters
@@ -224,9 +226,25 @@ class Llama(StreamingLlama):
         """The probe observes with every n-th token; see the constructor."""
         return 1 if self._probe is None else self._probe.stride
 
+    @property
+    def kv_room(self) -> int:
+        """Cells beyond ``kv_budget + n_batch``; see the constructor."""
+        return self._room
+
     def kv_positions(self) -> native.I32:
         """Token position in every used cell, ``[n_layer, n_head_kv, n_cells]``; -1: not held."""
         return self._require_cache().kv.positions()
+
+    def kv_cells(self, kv_budget: Budget) -> int:
+        """Cells per head that a budget means here.
+
+        Raises
+        ------
+        BudgetError
+            As in the constructor.
+        """
+        cache = self._require_cache()
+        return _parse(kv_budget, self._n_ctx, cache.kv.info().n_bytes_cell, cache.policy)
 
     def set_kv_budget(self, kv_budget: Budget) -> None:
         """Change the budget; a smaller one evicts at once, a larger one allocates.
@@ -239,7 +257,7 @@ class Llama(StreamingLlama):
         cache = self._require_cache()
         self._rewind(cache, 0)  # what reset() gave up is not evicted, it is gone
         info = cache.kv.info()
-        budget = _parse(kv_budget, self._n_ctx, info.n_bytes_cell, cache.policy)
+        budget = self.kv_cells(kv_budget)
         n_cells = self._cells(cache.policy, budget)
         with deferred_interrupt():
             if budget > cache.budget:
@@ -247,11 +265,14 @@ class Llama(StreamingLlama):
             before, cache.budget = cache.budget, budget
             if cache.evicts and budget < before and info.n_held > budget:
                 try:
-                    self._evict(cache, self._observers(None, None))
+                    with self.unprotected():
+                        self._evict(cache, self._observers(None, None))
                 except BaseException:
                     cache.budget = before
                     raise
             self._resize(cache, n_cells)
+            if budget < before:
+                self._copy_again(cache)
 
     def set_kv_policy(self, kv_policy: str | Policy, kv_allocation: str | None = None) -> None:
         """Change the policy; the cells that are kept now stay, what was observed is forgotten.
@@ -273,6 +294,7 @@ class Llama(StreamingLlama):
             cache.policy, cache.allocation = policy, allocation
             cache.forget()
             cache.observe()
+            self._copy_again(cache)
 
     def set_kv_allocation(self, kv_allocation: str) -> None:
         """Share the budget in another way, from the next eviction on.
@@ -310,6 +332,7 @@ class Llama(StreamingLlama):
         state.policy = self._cache.policy.name
         state.carried = None if self._cache.carried is None else self._cache.carried.copy()
         state.n_repeated = self._cache.n_repeated
+        state.n_protected, state.copy = self.n_protected, self._cache.protection.copy
         return state
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
@@ -365,6 +388,7 @@ class Llama(StreamingLlama):
             carried = getattr(state, "carried", None)
             cache.carried = None if carried is None else carried.copy()
             cache.n_repeated = getattr(state, "n_repeated", 0)
+            cache.protect(getattr(state, "n_protected", 0), getattr(state, "copy", None))
 
 
 def _in_order(kv: native.KVCache, n_tokens: int) -> bool:

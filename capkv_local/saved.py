@@ -55,6 +55,8 @@ class SavedSettings:
     n_ctx: int
     n_tokens: int
     n_repeated: int
+    n_protected: int
+    kv_room: int
     seed: int
     place: str
     pending: list[int]
@@ -80,10 +82,19 @@ class SavedSettings:
                 value, kind = getattr(saved, name), str(field_.type).partition("[")[0]
                 if type(value).__name__ not in kind.replace("None", "NoneType"):
                     raise ValueError(f"{name} is {value!r}")
-            numbers = (saved.n_ctx, saved.n_tokens, saved.n_repeated, saved.seed, *saved.pending)
+            numbers = (
+                saved.n_ctx,
+                saved.n_tokens,
+                saved.n_repeated,
+                saved.n_protected,
+                saved.seed,
+                *saved.pending,
+            )
             if not all(type(n) is int and 0 <= n < 2**32 for n in numbers):
                 raise ValueError("a number is out of range")
-            if saved.n_repeated > saved.n_tokens or saved.place not in get_args(Place):
+            if max(
+                saved.n_repeated, saved.n_protected
+            ) > saved.n_tokens or saved.place not in get_args(Place):
                 raise ValueError("the conversation stands nowhere")
         except (TypeError, ValueError) as error:
             raise StateError(f"{path} is no chat that can go on ({error}): {_AGAIN}") from error
@@ -174,6 +185,8 @@ class SavedChat:
             n_ctx=llama.n_ctx(),
             n_tokens=state.n_tokens,
             n_repeated=state.n_repeated,
+            n_protected=state.n_protected,
+            kv_room=llama.kv_room,
             seed=state.seed,
             place=self._place,
             pending=[int(token) for token in self._pending],
@@ -186,6 +199,8 @@ class SavedChat:
         }
         if state.carried is not None:
             arrays["carried"] = np.asarray(state.carried, dtype="<f4")
+        if state.copy is not None:
+            arrays["copy"] = np.frombuffer(state.copy, dtype=np.uint8)
         return write_snapshot(path, asdict(settings), arrays, private=private)
 
     @classmethod
@@ -210,7 +225,16 @@ class SavedChat:
         allocation = given.pop("kv_allocation", None)
         bound = {name: getattr(saved, name) for name in _BOUND}
         kept = {name: getattr(saved, name) for name in ("kv_policy", "kv_budget", "kv_allocation")}
-        chat = cls(**{"seed": saved.seed, **given, **bound, **kept, "model": model})
+        chat = cls(
+            **{
+                "seed": saved.seed,
+                "kv_room": saved.kv_room,
+                **given,
+                **bound,
+                **kept,
+                "model": model,
+            }
+        )
         try:
             chat._go_on(path, saved, arrays, seed=given.get("seed", saved.seed))
             if budget is not None:  # first: another policy has observed nothing yet
@@ -231,7 +255,7 @@ class SavedChat:
 
         llama = self.llama
         tokens, data = arrays.get("input_ids"), arrays.get("llama_state")
-        carried = arrays.get("carried")
+        carried, copy = arrays.get("carried"), arrays.get("copy")
         try:
             if tokens is None or tokens.shape != (saved.n_tokens,) or tokens.dtype != np.int32:
                 raise StateError("its tokens are not those of a text")
@@ -241,6 +265,8 @@ class SavedChat:
                 token < llama.n_vocab() for token in saved.pending
             ):
                 raise StateError("the model has no such tokens")
+            if copy is not None and (copy.ndim != 1 or copy.dtype != np.uint8):
+                raise StateError("the copy of the document is none")
             if carried is not None and not _fits(carried, llama):
                 raise StateError("what the policy had found is of other heads")
             state = CompactedState(
@@ -252,7 +278,8 @@ class SavedChat:
                 seed=seed,
             )
             state.policy, state.carried = saved.kv_policy, carried
-            state.n_repeated = saved.n_repeated
+            state.n_repeated, state.n_protected = saved.n_repeated, saved.n_protected
+            state.copy = None if copy is None else copy.tobytes()
             llama.load_state(state)
             if "sources" in saved.extra:
                 self._sources = SourceMap.from_json(saved.extra["sources"])

@@ -14,7 +14,15 @@ Mask = NDArray[np.bool_]
 Counts = NDArray[np.integer[Any]]
 
 
-def keep_mask(scores: Scores, held: Mask, counts: Counts, *, n_sinks: int, n_recent: int) -> Mask:
+def keep_mask(
+    scores: Scores,
+    held: Mask,
+    counts: Counts,
+    *,
+    n_sinks: int,
+    n_recent: int,
+    protected: Mask | None = None,
+) -> Mask:
     """Choose the cells that every head keeps, as many as `counts` says.
 
     Parameters
@@ -25,10 +33,13 @@ def keep_mask(scores: Scores, held: Mask, counts: Counts, *, n_sinks: int, n_rec
     held
         bool [n_layer, n_head_kv, n_cells], the cells that the head holds.
     counts
-        int [n_layer, n_head_kv], cells to keep, sinks and recent window among them: at least 1
-        and at least those two, as far as the head holds them; at most the cells it holds.
+        int [n_layer, n_head_kv], cells to keep, sinks, recent window and protected cells among
+        them: at least 1 and at least those, as far as the head holds them; at most the cells it
+        holds.
     n_sinks, n_recent
         First and last held cells of the head, kept whatever their score.
+    protected
+        bool [n_layer, n_head_kv, n_cells], more cells that are kept whatever their score.
 
     Returns
     -------
@@ -53,14 +64,14 @@ def keep_mask(scores: Scores, held: Mask, counts: Counts, *, n_sinks: int, n_rec
     """
     scores, held, counts = np.asarray(scores), np.asarray(held, bool), np.asarray(counts)
     check_scores(scores, held)
-    always = held & ~contested(held, n_sinks=n_sinks, n_recent=n_recent)
+    always = held & ~contested(held, n_sinks=n_sinks, n_recent=n_recent, protected=protected)
     n_always = always.sum(axis=-1)
     _check_counts(counts, n_always, held.sum(axis=-1), n_sinks=n_sinks, n_recent=n_recent)
     return always | top_cells(scores, held & ~always, counts - n_always)
 
 
-def contested(held: Mask, *, n_sinks: int, n_recent: int) -> Mask:
-    """Held cells that are neither sinks nor recent: those whose score decides.
+def contested(held: Mask, *, n_sinks: int, n_recent: int, protected: Mask | None = None) -> Mask:
+    """Held cells that are neither sinks nor recent nor protected: those whose score decides.
 
     Parameters
     ----------
@@ -68,6 +79,8 @@ def contested(held: Mask, *, n_sinks: int, n_recent: int) -> Mask:
         bool [n_layer, n_head_kv, n_cells], the cells that the head holds.
     n_sinks, n_recent
         First and last held cells of every head that are not contested.
+    protected
+        bool [n_layer, n_head_kv, n_cells], more cells that are not.
 
     Returns
     -------
@@ -91,7 +104,7 @@ def contested(held: Mask, *, n_sinks: int, n_recent: int) -> Mask:
     rank = np.cumsum(held, axis=-1, dtype=np.int32)  # 1 for the first cell held
     n_held = held.sum(axis=-1, keepdims=True)
     middle: Mask = held & (rank > n_sinks) & (rank <= n_held - n_recent)
-    return middle
+    return middle if protected is None else middle & ~np.asarray(protected, bool)
 
 
 def top_cells(scores: Scores, among: Mask, counts: Counts) -> Mask:
@@ -169,7 +182,7 @@ def _check_counts(
         layer, head = (int(i) for i in np.argwhere(bad)[0])
         raise BudgetError(
             f"A budget of {counts[layer, head]} cells in layer {layer}, head {head} must hold "
-            f"{n_sinks} sinks and {n_recent} recent cells, at least 1 cell, and be at most the "
-            f"{n_held[layer, head]} cells there are: change kv_budget or the policy's n_sinks "
-            "and n_recent."
+            f"{n_sinks} sinks and {n_recent} recent cells and what is protected, at least 1 "
+            f"cell, and be at most the {n_held[layer, head]} cells there are: change kv_budget or "
+            "the policy's n_sinks and n_recent."
         )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import llama_cpp
 import numpy as np
 
+from capkv_local import native
 from capkv_local.cache import ATTENTION, CompactCache
 from capkv_local.errors import (
     BudgetError,
@@ -26,6 +27,7 @@ from capkv_local.interrupt import deferred_interrupt
 from capkv_local.native import F32
 from capkv_local.policies.base import Reduce
 from capkv_local.probe import Probe
+from capkv_local.protection import Protection
 
 Observe = Literal["tail", "question", "probe"]
 Progress = Callable[[int, int], None]
@@ -120,7 +122,8 @@ class StreamingLlama(llama_cpp.Llama):
                 self._settle(cache, observers)
 
     def _observers(self, observe: Observe | None, question: Sequence[int] | None) -> _Observers:
-        observe = observe or ("tail" if self._probe is None else "probe")
+        if observe is None:
+            observe = "probe" if self._probes() else "tail"
         if (observe == "question") != bool(question):
             raise ValueError('observe="question" needs the tokens of a question, nothing else does')
         if observe == "probe" and self._probe is None:
@@ -130,6 +133,13 @@ class StreamingLlama(llama_cpp.Llama):
         n_probe = 0 if self._probe is None else self._probe.n_scratch
         probe = self._probe if observe == "probe" else None
         return _Observers(asked, probe, len(asked) + n_probe)
+
+    def _probes(self) -> bool:
+        """Whether an eviction repeats what is new, unless told otherwise."""
+        if self._probe is None or self._cache is None:
+            return False
+        # In a conversation the question is known: its own queries tell what it needs.
+        return not self._cache.protection.n_tokens or "probe" in self._cache.policy.needs
 
     def _require_cache(self) -> CompactCache:
         if self._cache is None:
@@ -150,13 +160,14 @@ class StreamingLlama(llama_cpp.Llama):
             )
         if self.n_tokens == 0:
             cache.forget()
+        if self.n_tokens < cache.protection.n_tokens:
+            cache.protection = Protection()  # a part of what it was for is gone
         cache.n_repeated = min(cache.n_repeated, self.n_tokens)
 
     def _chunk_size(self, cache: CompactCache, observers: _Observers) -> int:
         """Tokens to decode between evictions that leave cells for the observers."""
-        info = cache.kv.info()
-        never_full = not cache.evicts or cache.budget >= self._n_ctx
-        free = info.n_allocated - (0 if never_full else cache.budget)
+        n_left = 0 if self._never_full(cache) else cache.n_left
+        free = cache.kv.info().n_allocated - n_left
         longest = free - 1
         if self._window_cells():
             # In one piece, observers take only cells that no window needs any more.
@@ -172,6 +183,9 @@ class StreamingLlama(llama_cpp.Llama):
             )
         return min(self.n_batch, free - n_scratch)
 
+    def _never_full(self, cache: CompactCache) -> bool:
+        return not cache.evicts or cache.budget >= self._n_ctx
+
     def _make_room(self, cache: CompactCache, n_new: int, observers: _Observers) -> int:
         """Free cells for new tokens, ``n_new`` if that can be.
 
@@ -186,6 +200,8 @@ class StreamingLlama(llama_cpp.Llama):
 
     def _settle(self, cache: CompactCache, observers: _Observers) -> None:
         """After a prompt: back to the budget, unless only a little is over."""
+        if cache.protection.n_tokens:
+            return  # a conversation keeps what it has until its cells run out
         n_over = cache.kv.info().n_held - cache.budget
         if not cache.evicts or n_over <= self._room // 2:
             return
@@ -225,15 +241,29 @@ class StreamingLlama(llama_cpp.Llama):
                 n_cells=n_cells,
                 n_queries=min(n_question, cache.policy.n_window),
                 repeat=None if probe is None else repeat,
+                look=lambda reduce, per_head: self._look(cache, n_cells, reduce, per_head),
             )
         finally:
             if n_question:
                 self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         # Repeating is decoding, not scoring.
         cache.counters.t_score_s -= self._t_decode_s - t_decode_s
+        if cache.protection.n_tokens and cache.protection.copy is None:
+            cache.protection.copy = native.get_state(self._ctx.ctx)
         cache.apply(keep, carry)
         if probe is not None:
             cache.n_repeated = self.n_tokens
+
+    def _look(self, cache: CompactCache, n_cells: int, reduce: Reduce, per_head: bool) -> F32:
+        """Attention of the last tokens, decoded once more: their queries are not there any more."""
+        n = min(cache.policy.n_window, self.n_tokens, cache.kv.info().n_free)
+        try:
+            self._decode_scratch(cache, self.input_ids[self.n_tokens - n : self.n_tokens].tolist())
+            return cache.kv.score(
+                ATTENTION[reduce], n_cells=n_cells, n_queries=n, per_head=per_head
+            )
+        finally:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
 
     def _repeat(self, cache: CompactCache, probe: Probe, n_cells: int, reduce: Reduce) -> F32:
         """Attention on the first ``n_cells`` cells while what is new in them is repeated."""

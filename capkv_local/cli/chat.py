@@ -32,11 +32,16 @@ if TYPE_CHECKING:
 
 @click.command("chat", short_help="Talk with documents, or go on with a saved session.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--forget",
+    is_flag=True,
+    help="Drop each question and its answer: every question meets the document alone.",
+)
 @cache_option
 @max_tokens_option
 @model_options
 def chat_command(
-    files: tuple[str, ...], cache: bool, max_tokens: int, options: ModelOptions
+    files: tuple[str, ...], forget: bool, cache: bool, max_tokens: int, options: ModelOptions
 ) -> None:
     """Read each FILE, then answer what you ask about them.
 
@@ -46,6 +51,9 @@ def chat_command(
     twice at the prompt it quits. At the prompt, /help lists what else can be done. Questions may
     also come from a pipe, one a line.
 
+    The conversation has cells of its own and takes none from the document. When they run out,
+    what matters least in it goes; with --forget each question meets the document alone.
+
     \b
     Examples:
       capkv chat report.pdf
@@ -54,7 +62,7 @@ def chat_command(
       capkv chat report.pdf --n-ctx 100000 --budget 512MiB --type-k q8_0
       capkv chat report.capkv
       capkv chat report.pdf --cache
-      capkv chat report.pdf < questions.txt > answers.txt
+      capkv chat report.pdf --forget < questions.txt > answers.txt
     """
     if "-" in files:
         raise click.UsageError(
@@ -63,6 +71,8 @@ def chat_command(
         )
     sources = read_sources(files)
     with contextlib.closing(open_and_read(sources, options, cache=cache)) as session:
+        if forget:
+            session.set_keep_turns(False)
         interactive = sys.stdin.isatty()
         if interactive:
             click.echo(f"Ask about {sources.title}. /help lists the commands.", err=True)
@@ -202,6 +212,22 @@ def _allocation(session: DocumentChat, argument: str) -> None:
     _show_choice("allocation", session.stats().allocation, [] if argument else ALLOCATORS)
 
 
+def _keep(session: DocumentChat, argument: str) -> None:
+    if argument not in ("", "on", "off"):
+        raise CapKVError(f"/keep {argument}: it is either on or off")
+    if argument:
+        session.set_keep_turns(argument == "on")
+    if session.keep_turns:
+        click.echo("keep: on, questions and answers stay in the conversation")
+    else:
+        click.echo("keep: off, each question meets the document alone")
+
+
+def _forget(session: DocumentChat, argument: str) -> None:
+    session.forget()
+    click.echo("forgotten: the next question meets the document alone")
+
+
 def _show_choice(label: str, chosen: str | None, known: Iterable[str]) -> None:
     click.echo(f"{label}: {chosen or 'none'}")
     if names := ", ".join(known):
@@ -237,6 +263,8 @@ COMMANDS = {
     "/allocation": _Command(
         "/allocation NAME", "choose how heads share the budget, from the next eviction", _allocation
     ),
+    "/keep": _Command("/keep on|off", "keep questions and answers, or drop them at once", _keep),
+    "/forget": _Command("/forget", "drop the questions and answers so far", _forget),
     "/save": _Command("/save PATH", "save this session to a .capkv file", _save),
     "/help": _Command("/help", "show this list", _help),
 }

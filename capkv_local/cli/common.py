@@ -92,6 +92,7 @@ class ModelOptions:
     kv_observe: str | None = None
     probe_stride: int | None = None
     n_ctx: int | None = None
+    kv_room: int | None = None
     n_threads: int | None = None
     n_gpu_layers: int | None = None
     type_k: str | None = None
@@ -178,6 +179,14 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         type=click.IntRange(min=1),
         metavar="N",
         help="Tokens that document and conversation may have together.",
+    ),
+    click.option(
+        "--room",
+        "kv_room",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Cells for the conversation beside a batch's (512), which serve it, too: for longer "
+        "questions, and to keep more of what was said. [default: 256]",
     ),
     click.option(
         "--threads", "n_threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."

@@ -257,11 +257,19 @@ def stats_text(stats: KVCacheStats) -> str:
         memory += f", {less:.0%} less than the {size(stats.kv_bytes_full)} without eviction"
     fewest, most = stats.n_cells_range
     spread = "" if fewest == most else f" ({fewest:,} to {most:,})"
+    parts = {}
+    if stats.n_protected:
+        turns = stats.n_cells - stats.n_cells_protected
+        parts["document"] = f"{stats.n_cells_protected:,} of them, of {stats.n_protected:,} tokens"
+        parts["conversation"] = f"{turns:,} of {stats.n_cells_conversation:,} beside the document"
+    if stats.copy_bytes:
+        parts["copy"] = f"{size(stats.copy_bytes)}, to go back to the document alone"
     rows = {
         "policy": stats.policy or "none",
         "budget": budget_text(stats),
         "tokens": f"{stats.n_tokens:,}",
         "cells": f"{stats.n_cells:,} of {stats.n_cells_max:,} per head{spread}",
+        **parts,
         "KV memory": memory,
         "observation": size(stats.observe_bytes),
         "evictions": f"{stats.evictions:,} ({count(stats.cells_evicted, 'cell')} evicted)",

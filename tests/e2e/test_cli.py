@@ -107,6 +107,17 @@ def test_chat_through_a_pipe_and_on_from_the_saved_session(tmp_path: Path) -> No
     assert "checksum" in damaged.stderr and damaged.stderr.count("\n") == 1
 
 
+def test_chat_drops_turns_and_tells_what_does_not_fit() -> None:
+    lines = [QUESTION, "Say hello.", QUESTION, "/keep on", QUESTION, "/forget", QUESTION]
+    lines += ["long " * 9000, "/stats"]
+    run = capkv("chat", str(HARBOUR), "--forget", "--max-tokens", "24", stdin="\n".join(lines))
+    first = run.stdout.split("\n\n")[0]
+    assert "48213" in first and run.stdout.count(first) == 4
+    assert "document " in run.stdout and "conversation " in run.stdout
+    assert run.returncode == 1
+    assert run.stderr.count("error: ") == 1 and "does not fit into the context" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -83,6 +83,15 @@ class FakeChat:
     def set_allocation(self, name: str) -> None:
         self.allocation = name
 
+    keep_turns = True
+
+    def set_keep_turns(self, keep: bool) -> None:
+        self.calls.append(("keep", keep))
+        self.keep_turns = keep
+
+    def forget(self) -> None:
+        self.calls.append(("forget", None))
+
     def stats(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(
             policy=self.policy,
@@ -95,6 +104,10 @@ class FakeChat:
             kv_bytes=65536,
             kv_bytes_full=1024000,
             observe_bytes=2048,
+            n_protected=900,
+            n_cells_protected=50,
+            n_cells_conversation=526,
+            copy_bytes=4096,
             evictions=3,
             cells_evicted=936,
             t_score_s=0.1,
@@ -250,6 +263,7 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
     assert fake.calls[0] == ("open", {"verbose": False, "kv_observe": "tail"})
     fake.calls.clear()
     options = "--model m.gguf --policy knorm --budget 25% --n-ctx 999 --threads 3 --gpu-layers -1"
+    options += " --room 512"
     more = "--type-k Q8_0 --type-v f16 --seed 7 --allocation uniform --observe probe -v"
     run("ask", TXT, "why?", *options.split(), *more.split())
     expected = {
@@ -259,6 +273,7 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
         "kv_budget": "25%",
         "kv_allocation": "uniform",
         "n_ctx": 999,
+        "kv_room": 512,
         "n_threads": 3,
         "n_gpu_layers": -1,
         "type_k": "q8_0",
@@ -335,6 +350,12 @@ def test_chat_answers_lines_from_a_pipe(fake: type[FakeChat], run: Run) -> None:
     assert lines[-1].startswith("read harbour.txt: 1,000 tokens in 10 s, 100/s; 64 cells kept")
 
 
+def test_chat_can_drop_every_turn(fake: type[FakeChat], run: Run) -> None:
+    result = run("chat", TXT, "--forget", stdin="why?\n")
+    assert result.exit_code == 0 and "48213" in result.stdout
+    assert ("keep", False) in fake.calls
+
+
 def test_chat_keeps_what_was_read_before_ctrl_c(fake: type[FakeChat], run: Run) -> None:
     fake.interrupt_ingest_at = 400
     result = run("chat", TXT, stdin="why?\n")
@@ -358,12 +379,21 @@ def test_chat_ctrl_c_stops_the_answer_only(fake: type[FakeChat], run: Run) -> No
 def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
     target = tmp_path / "my session"
     lines = ["/stats", "/budget 64", "/policy knorm", "/allocation uniform", f"/save {target}"]
-    lines += ["/help", "/quit", "why?"]
+    lines += ["/keep", "/keep off", "/keep on", "/forget", "/help", "/quit", "why?"]
     result = run("chat", TXT, stdin="\n".join(lines))
     assert result.exit_code == 0
-    assert "KV memory    64.0 KiB, 94% less than the 1000.0 KiB without eviction" in result.stdout
-    assert "evictions    3 (936 cells evicted)" in result.stdout
+    assert "KV memory     64.0 KiB, 94% less than the 1000.0 KiB without eviction" in result.stdout
+    assert "evictions     3 (936 cells evicted)" in result.stdout
     assert "64 of 576 per head (30 to 120)" in result.stdout
+    assert "document      50 of them, of 900 tokens" in result.stdout
+    assert "conversation  14 of 526 beside the document" in result.stdout
+    assert "copy          4.0 KiB, to go back to the document alone" in result.stdout
+    assert result.stdout.count("keep: on, ") == 2 and "keep: off, " in result.stdout
+    assert [call for call in fake.calls if call[0] in ("keep", "forget")] == [
+        ("keep", False),
+        ("keep", True),
+        ("forget", None),
+    ]
     assert "budget: 64 cells per head, global" in result.stdout
     assert "allocation: uniform" in result.stdout
     assert "policy: knorm" in result.stdout
@@ -384,6 +414,8 @@ def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
         ("/policy norm", "did you mean 'knorm'?"),
         ("/save", "/save needs a file name"),
         ("/save .", "is a folder; name a file in it"),
+        ("/keep maybe", "error: /keep maybe: it is either on or off\n"),
+        ("/save /nowhere/at/all", "cannot be written: No such file or directory"),
     ],
 )
 def test_chat_goes_on_after_a_wrong_command(

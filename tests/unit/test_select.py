@@ -133,6 +133,23 @@ def test_inputs_are_left_alone(case: Case) -> None:
     np.testing.assert_array_equal(case.counts, before[2])
 
 
+@settings(deadline=None)
+@given(cases(), st.data())
+def test_protected_cells_stay_and_the_best_of_the_others(case: Case, data: st.DataObject) -> None:
+    scores, held, counts, n_sinks, n_recent = case
+    ends = {"n_sinks": n_sinks, "n_recent": n_recent}
+    protected = data.draw(hnp.arrays(np.bool_, held.shape))
+    open_ = contested(held, **ends, protected=protected)
+    assert (open_ == contested(held, **ends) & ~protected).all()
+    counts = np.maximum(counts, (held & ~open_).sum(axis=-1))
+    keep = keep_mask(scores, held, counts, **ends, protected=protected)
+    assert (keep.sum(axis=-1) == counts).all()
+    assert (keep >= held & protected).all() and not (keep & ~held).any()
+    for head in np.ndindex(*counts.shape):
+        won, lost = scores[head][keep[head] & open_[head]], scores[head][open_[head] & ~keep[head]]
+        assert not won.size or not lost.size or won.min() >= lost.max()
+
+
 def test_ties_go_to_the_later_cell() -> None:
     held = right_aligned(np.array([[10, 8, 5]]), 10)
     keep = keep_mask(
