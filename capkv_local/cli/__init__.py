@@ -13,6 +13,7 @@ from capkv_local.cli.chat import chat_command
 from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
+from capkv_local.cli.plan import plan_command
 
 __all__ = ["main"]
 
@@ -30,11 +31,13 @@ def main() -> None:
       capkv chat report.pdf
       capkv chat report.pdf notes.md --budget 25%
       capkv ask report.pdf "Who signed the contract?"
+      capkv plan model.gguf --memory 8GiB --context 128k
       capkv doctor
     """
 
 
 main.add_command(chat_command)
 main.add_command(ask_command)
+main.add_command(plan_command)
 main.add_command(eval_command)
 main.add_command(doctor_command)

@@ -133,7 +133,7 @@ def run() -> Run:
 # ---- the group ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["chat", "ask", "doctor"])
+@pytest.mark.parametrize("verb", ["chat", "ask", "plan", "doctor"])
 def test_help_has_an_example(run: Run, verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0
@@ -231,6 +231,7 @@ def test_missing_session(fake: type[FakeChat], run: Run) -> None:
         ("1.0", 1.0),
         ("512MiB", "512MiB"),
         (" 25% ", "25%"),
+        ("auto", "auto"),
         ("x", "x"),
     ],
 )
