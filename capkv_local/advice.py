@@ -66,8 +66,9 @@ class Advice:
 def advise(header: ModelHeader, n_ctx: int, memory: int) -> Advice:
     """Plan a chat: policy ``capkv`` with a probe.
 
-    The first of these that fits: all cells in f16, all in q8_0 (measured to lose less than half of
-    the cells in f16), as many as fit in q8_0, as many as fit in q4_0.
+    The first of these that fits, in the order of what was measured to be lost (docs/evaluation.md,
+    "With quantised rows"): all cells in f16, all in q8_0, half of them or more in q8_0, all in
+    q4_0, as many as fit in q8_0, as many as fit in q4_0.
 
     Parameters
     ----------
@@ -113,14 +114,26 @@ def _type_fit(name: str, planner: Planner, memory: int) -> TypeFit:
 
 
 def _choose(fits: dict[str, TypeFit], planners: dict[str, Planner], memory: int) -> Choice | None:
-    for name in ("f16", "q8_0"):
-        if name in fits and fits[name].whole.total <= memory:
-            return Choice(name, None, planners[name].settings.n_ctx, fits[name].whole)
-    for name in ("q8_0", "q4_0", "f16"):
-        if name in fits and (budget := fits[name].largest_budget) is not None:
-            planner = planners[name]
-            return Choice(name, budget, planner.settings.n_ctx, planner.need(budget))
-    return None
+    def whole(name: str) -> Choice | None:
+        if name not in fits or fits[name].whole.total > memory:
+            return None
+        return Choice(name, None, planners[name].settings.n_ctx, fits[name].whole)
+
+    def part(name: str, least: float = 0) -> Choice | None:
+        budget = fits[name].largest_budget if name in fits else None
+        if budget is None or budget < least * planners[name].settings.n_ctx:
+            return None
+        return Choice(name, budget, planners[name].settings.n_ctx, planners[name].need(budget))
+
+    return (
+        whole("f16")
+        or whole("q8_0")
+        or part("q8_0", least=0.5)
+        or whole("q4_0")
+        or part("q8_0")
+        or part("q4_0")
+        or part("f16")  # heads that no block of the others fits
+    )
 
 
 def _budget_fit(measured: Measured, planner: Planner, memory: int) -> BudgetFit:

@@ -18,6 +18,7 @@ import numpy as np
 
 from capkv_local import native
 from capkv_local.allocate import get_allocator
+from capkv_local.auto import auto_budget
 from capkv_local.budget import is_auto, parse_budget
 from capkv_local.cache import CompactCache, KVCacheStats, evicts
 from capkv_local.errors import (
@@ -30,7 +31,7 @@ from capkv_local.errors import (
 )
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.models import check_model_file, load_errors
-from capkv_local.planner import DEFAULT_ROOM, Settings, auto_budget
+from capkv_local.planner import DEFAULT_ROOM, Settings
 from capkv_local.policies import Policy, get_policy
 from capkv_local.probe import REQUEST, Probe
 from capkv_local.streaming import StreamingLlama
@@ -65,7 +66,7 @@ class Llama(StreamingLlama):
         What is left after an eviction: cells per head, on average (int), a fraction of ``n_ctx``
         (float in (0, 1]) or memory (``"512MiB"``). Default: 2048 cells, or ``n_ctx`` if smaller.
         ``"auto"``: as many cells as four fifths of the available memory hold beside the weights,
-        at most ``n_ctx`` (see :func:`capkv_local.planner.auto_budget`).
+        at most ``n_ctx`` (see :func:`capkv_local.auto.auto_budget`).
     kv_allocation
         How heads share the budget: ``"uniform"``, ``"pyramid"``, ``"adaptive-layer"`` or
         ``"global"`` (see :mod:`capkv_local.allocate`); by default what suits the policy. The
@@ -134,7 +135,7 @@ class Llama(StreamingLlama):
         _check_settings(flash_attn, kwargs, kv_room)
         _check_observe(kv_observe, policy)
         settings = _settings(n_ctx, n_batch, kv_room, kwargs)
-        settings = settings.with_policy(policy, probe=kv_observe == "probe")
+        settings = settings.with_policy(policy, probe=kv_observe == "probe", allocation=allocation)
         if is_auto(kv_budget) and settings.evicts:
             n_gpu_layers = kwargs.get("n_gpu_layers", 0)
             kv_budget = auto_budget(model_path, settings, n_gpu_layers=n_gpu_layers)

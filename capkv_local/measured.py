@@ -17,20 +17,20 @@ Pair = tuple[float, float]
 class Measured:
     """Losses at a share of the cells, None where nothing was measured.
 
-    ``chat``: recall when the question comes later (with a probe), ``chat_streamed``: the same when
-    the text is longer than the cache, ``ask``: when the question is known, ``kl``: KL divergence of
-    the text that follows, in nats.
+    ``chat``: recall when the question comes later (with a probe) and the text is evicted once,
+    ``streamed``: the same when it streams through a smaller cache, ``ask``: recall when the
+    question is known, ``kl``: KL divergence over the text that follows, evicted once, in nats.
     """
 
     share: float
     chat: Pair
     kl: Pair
-    chat_streamed: Pair | None = None
+    streamed: Pair | None = None
     ask: Pair | None = None
 
 
 MEASURED = (
     Measured(0.5, chat=(96, 94), kl=(0.018, 0.042)),
-    Measured(0.25, chat=(83, 69), kl=(0.053, 0.141), chat_streamed=(74, 37)),
+    Measured(0.25, chat=(83, 69), kl=(0.053, 0.141), streamed=(74, 37)),
     Measured(0.125, chat=(67, 34), kl=(0.109, 0.232), ask=(89, 111)),
 )

@@ -12,16 +12,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import psutil
 
 from capkv_local.cache import evicts
-from capkv_local.errors import BudgetError
 from capkv_local.header import ContextSizes, ModelHeader
-from capkv_local.memory import SHARE, available_memory
 from capkv_local.native import Info
 from capkv_local.policies import Policy
 from capkv_local.probe import Probe
@@ -31,11 +27,11 @@ STEP = 256
 # Cells for the reply, so that generation does not evict at every token.
 DEFAULT_ROOM = 256
 
-# Cells of the longest head over those that are allocated per head on average; 1.2 was seen.
-_LONGEST = 1.5
-# Bytes of numpy arrays per cell and head while a policy decides: 44 from 2,048 to 8,024 cells of
-# SmolLM2-135M with a probe (tracemalloc), 30 without.
-_BYTES_DECIDING = 50
+# Queries whose attention is scored at once, as in llama-kv-score.cpp.
+_BLOCK = 64
+# Bytes of numpy arrays per head and cell of the longest head while a policy decides: 58 to 66 on
+# SmolLM2-135M with a probe, at 1,792 to 4,859 cells (tracemalloc).
+_BYTES_DECIDING = 70
 # Nodes of the graphs, work memory of threads, the text as tokens: 10 to 20 MiB there.
 _BOOKKEEPING = 24 << 20
 
@@ -60,6 +56,8 @@ class Settings:
         Queries that the policy has observed, and whether their mean, too.
     n_scratch
         Cells of the probe, 0 without one.
+    uniform
+        Whether all heads keep the same number of cells.
     """
 
     n_ctx: int
@@ -75,9 +73,12 @@ class Settings:
     n_window: int = 0
     mean_query: bool = False
     n_scratch: int = 0
+    uniform: bool = True
 
-    def with_policy(self, policy: Policy, *, probe: bool) -> Settings:
-        """The same with what this policy needs."""
+    def with_policy(
+        self, policy: Policy, *, probe: bool, allocation: str | None = None
+    ) -> Settings:
+        """The same with what this policy needs; by default with the allocation that suits it."""
         if not evicts(policy):
             return replace(self, evicts=False, minimum=1, n_window=0, mean_query=False, n_scratch=0)
         return replace(
@@ -87,6 +88,7 @@ class Settings:
             n_window=policy.n_window if "queries" in policy.needs else 0,
             mean_query="mean_query" in policy.needs,
             n_scratch=Probe.n_scratch if probe else 0,
+            uniform=(allocation or getattr(policy, "allocation", "uniform")) == "uniform",
         )
 
     @property
@@ -241,76 +243,42 @@ class Planner:
         98 to 103 MiB for the default model with n_ctx 512 to 16384 and n_ubatch 512, where 14 to
         30 are counted here. With all rows it is the reported figure (tests/model/test_planner.py).
 
-        Scoring is counted from its graph: the attention of the observed queries, once as it is and
-        once half summed, and its mask.
+        Scoring is counted from its graph: the attention of a block of the observed queries, once
+        as it is and once half summed, and the mask of all of them.
 
-        What SmolLM2-135M took beside weights and vocabulary (private memory, peak) against all that
-        is planned for it, in MiB: 1,024 cells with a probe 115 of 134, without 76 of 96; 7,000
-        cells with a probe 346 of 400.
+        RSSFIG
         """
         s, cache = self.settings, self.cache
         rest = _BOOKKEEPING + (4 * self.header.n_vocab * s.n_ctx if s.logits_all else 0)
         if not s.evicts:
             return self._context(n_cells).n_bytes_compute + rest
-        n_longest = int(_LONGEST * n_cells)
+        n_longest = self._longest(n_cells)
         # heads of unequal length take the mask in parts
         decode = self._context(n_longest).n_bytes_compute + 2 * n_longest * s.ubatch
 
         n_queries = max(s.n_window, s.n_scratch)
         # Heads of one length are scored together, others one by one.
         n_rows = max(cache.n_head * n_cells, cache.n_head // cache.n_head_kv * n_longest)
-        attention = 6 * n_rows * n_queries + 2 * 4 * n_longest * n_queries
+        attention = 6 * n_rows * min(n_queries, _BLOCK) + 2 * 4 * n_longest * n_queries
         vectors = 2 * 4 * n_cells * cache.n_head_kv * max(cache.n_embd_head_k, cache.n_embd_head_v)
         return max(decode, attention, vectors) + rest
 
     def _deciding(self, n_cells: int) -> int:
-        """Arrays of the policy; they are as long as the longest head."""
+        """Arrays of the policy; all are as long as the longest head."""
         if not self.settings.evicts:
             return 0
-        return int(_LONGEST * n_cells) * self.cache.n_heads * _BYTES_DECIDING
+        return self._longest(n_cells) * self.cache.n_heads * _BYTES_DECIDING
 
+    def _longest(self, n_cells: int) -> int:
+        """Most cells that one head can come to hold while all together hold ``n_cells`` each.
 
-def auto_budget(model: str | Path, settings: Settings, *, n_gpu_layers: int) -> int:
-    """The budget that ``kv_budget="auto"`` stands for.
-
-    The largest multiple of :data:`STEP` cells with which the session takes no more than
-    :data:`~capkv_local.memory.SHARE` of the memory that is available before the model is loaded;
-    the context itself if all of it fits.
-
-    Parameters
-    ----------
-    model, settings
-        As they will be loaded; an ``n_ctx`` of 0 is the trained context.
-    n_gpu_layers
-        Layers on other devices, whose memory is not known here.
-    Raises
-    ------
-    BudgetError
-        Not even the smallest budget fits, or layers go to a device.
-    ModelFileError, UnsupportedModel
-        As :class:`~capkv_local.header.ModelHeader` and :class:`Planner`.
-    """
-    if n_gpu_layers != 0 and llama_cpp.llama_supports_gpu_offload():
-        raise BudgetError(
-            "kv_budget='auto' knows the main memory only, and layers go to a GPU: name a number of "
-            "cells (2048) or an amount of memory ('512MiB')"
-        )
-    with ModelHeader(model) as header:
-        if settings.n_ctx == 0:
-            settings = replace(settings, n_ctx=header.n_ctx_train)
-        # What this program takes is not available any more.
-        planner = Planner(header, settings, program=0)
-        memory = int(SHARE * available_memory())
-        budget = planner.largest_budget(memory)
-        if budget is None:
-            least = planner.need(planner.least_budget)
-            raise BudgetError(
-                f"kv_budget='auto': {planner.least_budget} cells need "
-                f"{least.total / 2**20:,.0f} MiB ({least.weights / 2**20:,.0f} for the weights), "
-                f"and {memory / 2**20:,.0f} MiB can be used ({SHARE:.0%} of what is available): "
-                "close other programs, or use a smaller model or cache type (type_k, type_v)"
-            )
-        return budget
+        Compared with each other, some head keeps nearly everything: 4,859 cells of 5,000 tokens
+        with a budget of 1,024 (SmolLM2-135M, ``global``).
+        """
+        if self.settings.uniform:
+            return n_cells
+        n_all = self.settings.n_ctx + self.settings.n_scratch
+        return max(n_cells, min(n_all, self.cache.n_heads * n_cells))
 
 
 def _last_that_fits(

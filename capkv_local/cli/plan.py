@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from capkv_local.header import ModelHeader
     from capkv_local.measured import Pair
     from capkv_local.planner import Need
+
+
+_WIDTH = 90
+_MEASURED = (
+    "A part of the cells in {type}. Recall in % of the full cache's, measured on two models of "
+    "135M and 270M parameters ({source}), is not a promise for this one. Question unknown while "
+    "reading: text in the cache at once (chat), streamed through it; question known (ask):"
+)
 
 
 class _Memory(click.ParamType[int]):
@@ -114,7 +123,7 @@ def _task(header: ModelHeader, memory: int | None, n_ctx: int | None) -> _Task:
     warnings = []
     if n_ctx is not None and n_ctx > header.n_ctx_train:
         warnings.append(
-            f"the model was trained with {header.n_ctx_train:,} tokens: beyond them its answers "
+            f"the model was trained for {header.n_ctx_train:,} tokens: beyond them its answers "
             "get worse, whatever is kept"
         )
     if memory is not None:
@@ -146,9 +155,11 @@ def _too_small(task: _Task, advice: Advice) -> str:
 
 
 def _render(header: ModelHeader, task: _Task, advice: Advice) -> str:
+    from capkv_local.measured import SOURCE
+
     head = {
         "model": f"{header.name} ({header.arch}), {header.n_params / 1e9:.2f}B parameters, "
-        f"{header.n_layer} layers, trained with {header.n_ctx_train:,} tokens",
+        f"{header.n_layer} layers, trained for {header.n_ctx_train:,} tokens",
         "memory": task.memory_text,
         "weights": size(header.n_bytes),
     }
@@ -162,16 +173,15 @@ def _render(header: ModelHeader, task: _Task, advice: Advice) -> str:
     if advice.budgets:
         lines += [
             "",
-            f"A part of the cells in {advice.table_type}, and recall in % of the full cache's as "
-            "measured on two models",
-            "of 135M and 270M parameters (docs/evaluation.md): not a promise for this model.",
+            *textwrap.wrap(_MEASURED.format(type=advice.table_type, source=SOURCE), _WIDTH),
             *_table(_budget_rows(task, advice.budgets)),
         ]
     if (choice := advice.choice) is not None:
         what = "All cells fit" if choice.budget is None else f"{choice.budget:,} cells fit"
+        what += f" in {choice.type}, {size(choice.need.total)} together: {_parts(choice.need)}."
         lines += [
             "",
-            f"{what} in {choice.type}, {size(choice.need.total)} together: {_parts(choice.need)}.",
+            *textwrap.wrap(what, _WIDTH),
             "",
             f"  {shlex.join(_command(task, choice.options()))} FILE",
         ]
@@ -199,7 +209,7 @@ def _budget_rows(task: _Task, fits: Sequence[BudgetFit]) -> list[list[str]]:
                 size(fit.need.total),
                 "yes" if fit.fits else "no",
                 _pair(measured.chat if measured else None),
-                _pair(measured.chat_streamed if measured else None),
+                _pair(measured.streamed if measured else None),
                 _pair(measured.ask if measured else None),
             ]
         )

@@ -1,40 +1,64 @@
-"""A plan that is carried out: the printed command takes no more memory than was planned."""
+"""Plans that are carried out: the printed command runs, and takes no more than was planned."""
 
 from __future__ import annotations
 
 import json
-import resource
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from capkv_local.cli.display import size
+from capkv_local.header import ModelHeader
+from capkv_local.models import default_model
+from capkv_local.planner import Planner, Settings
+from capkv_local.policies import get_policy
 from tests.e2e.test_ask import ROOT, capkv
 
 TEXT = ROOT / "tests" / "data" / "licence.txt"
+HARBOUR = ROOT / "tests" / "data" / "harbour.txt"
 
 
-def test_the_printed_command_stays_within_the_memory(tmp_path: Path) -> None:
-    planned = capkv("plan", "--memory", "275MiB", "--context", "3000", "--json")
+def test_the_printed_command_runs() -> None:
+    planned = capkv("plan", "--memory", "260MiB", "--context", "4k", "--json")
     assert planned.returncode == 0, planned.stderr
     take = json.loads(planned.stdout)["take"]
-    assert take["budget"] is not None
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT.read_text()[:11000])
-    command = [str(text) if word == "FILE" else word for word in take["command"][1:]]
-    lines = "What is this text about?\n/stats\n"
-    run = capkv(*command, "--max-tokens", "8", "--threads", "1", stdin=lines)
+    assert (take["type"], take["budget"]) == ("q8_0", None)
+    command = [str(HARBOUR) if word == "FILE" else word for word in take["command"][1:]]
+    run = capkv(*command, stdin="/stats\n")
     assert run.returncode == 0, run.stderr
-    assert f"budget       {take['budget']:,} cells" in run.stdout
-    assert " 0 cells evicted" not in run.stdout
-    # The largest of all programs that the tests have started.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert peak <= take["need"]["total"] <= 275 << 20
+    assert f"KV memory    {size(take['need']['kv'])}\n" in run.stdout
+    assert "budget       4,096 cells" in run.stdout
+
+
+def test_a_session_takes_no_more_than_is_planned(tmp_path: Path) -> None:
+    text, questions, answers = (tmp_path / name for name in ("text.txt", "in", "out"))
+    text.write_text(TEXT.read_text()[:11000])
+    questions.write_text("/stats\n")
+    options = ["--n-ctx", "2800", "--budget", "512", "--threads", "1"]
+    with questions.open() as stdin, answers.open("w") as stdout:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "capkv_local.cli", "chat", str(text), *options],
+            cwd=ROOT,
+            stdin=stdin,
+            stdout=stdout,
+        )
+        _, status, usage = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+    assert run.returncode == 0
+    assert "(0 cells evicted)" not in answers.read_text()
+    settings = Settings(2800).with_policy(get_policy("capkv"), probe=True)
+    with ModelHeader(default_model()) as header:
+        need = Planner(header, settings).need(512)
+    assert need.total * 0.6 < usage.ru_maxrss * 1024 <= need.total
 
 
 def test_auto_says_which_budget_it_took() -> None:
-    run = capkv("chat", str(ROOT / "tests/data/harbour.txt"), "--budget", "auto", stdin="/budget\n")
+    run = capkv("chat", str(HARBOUR), "--budget", "auto", "--n-ctx", "1000", stdin="/budget\n")
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "budget: 8,192 cells per head, global\n"
+    assert run.stdout == "budget: 1,000 cells per head, global\n"
 
 
 @pytest.mark.parametrize(

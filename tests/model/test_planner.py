@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from capkv_local import BudgetError, DocumentChat, Llama, native, planner
+from capkv_local import BudgetError, DocumentChat, Llama, auto, native
 from capkv_local.header import ModelHeader
 from capkv_local.memory import SHARE
 from capkv_local.planner import STEP, Planner, Settings
@@ -87,7 +87,7 @@ def test_graphs_are_those_that_llama_cpp_reports(
 
 def have(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
     """A machine on which a session can take ``n_bytes``."""
-    monkeypatch.setattr(planner, "available_memory", lambda: int(n_bytes / SHARE) + 1)
+    monkeypatch.setattr(auto, "available_memory", lambda: int(n_bytes / SHARE) + 1)
 
 
 def test_auto_takes_the_largest_budget_that_fits(

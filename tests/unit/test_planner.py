@@ -191,7 +191,7 @@ def test_without_memory_the_machine_is_asked(plan: Plan, small: Path) -> None:
 def test_a_context_beyond_the_trained_one_is_a_warning(plan: Plan, small: Path) -> None:
     result = plan(small, "--context", "8k")
     assert result.exit_code == 0
-    assert result.stderr.startswith("warning: the model was trained with 4,096 tokens")
+    assert result.stderr.startswith("warning: the model was trained for 4,096 tokens")
     assert "--n-ctx 8192" in result.stdout
 
 
