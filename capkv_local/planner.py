@@ -10,7 +10,7 @@ last two are upper bounds, see :meth:`Planner._compute`.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ STEP = 256
 # Cells for the reply, so that generation does not evict at every token.
 DEFAULT_ROOM = 256
 
+# Most cells that llama.cpp is asked about: it keeps a record of every one.
+_ASKED = 1 << 16
 # Queries whose attention is scored at once, as in llama-kv-score.cpp.
 _BLOCK = 64
 # Bytes of numpy arrays per head and cell of the longest head while a policy decides: 58 to 66 on
@@ -199,8 +201,7 @@ class Planner:
     def largest_budget(self, memory: int) -> int | None:
         """Most cells that fit into ``memory`` bytes, at most the context; None: not even a few."""
         n_ctx = self.settings.n_ctx
-        budgets = [*range(self.least_budget, n_ctx, STEP), n_ctx]
-        return _last_that_fits(budgets, lambda n: self.need(n).total, memory)
+        return _last_that_fits(self.least_budget, n_ctx, lambda n: self.need(n).total, memory)
 
     @property
     def least_budget(self) -> int:
@@ -210,11 +211,7 @@ class Planner:
     def largest_context(self, memory: int) -> int | None:
         """Most tokens, at most the context, of which all cells fit."""
         n_ctx = self.settings.n_ctx
-        return _last_that_fits(
-            [*range(STEP, n_ctx, STEP), n_ctx],
-            lambda n: self.whole(n).need(n).total,
-            memory,
-        )
+        return _last_that_fits(STEP, n_ctx, lambda n: self.whole(n).need(n).total, memory)
 
     # -- what it takes -------------------------------------------------------------------------
 
@@ -251,10 +248,10 @@ class Planner:
         s, cache = self.settings, self.cache
         rest = _BOOKKEEPING + (4 * self.header.n_vocab * s.n_ctx if s.logits_all else 0)
         if not s.evicts:
-            return self._context(n_cells).n_bytes_compute + rest
+            return self._graph(n_cells) + rest
         n_longest = self._longest(n_cells)
         # heads of unequal length take the mask in parts
-        decode = self._context(n_longest).n_bytes_compute + 2 * n_longest * s.ubatch
+        decode = self._graph(n_longest) + 2 * n_longest * s.ubatch
 
         n_queries = max(s.n_window, s.n_scratch)
         # Heads of one length are scored together, others one by one.
@@ -262,6 +259,12 @@ class Planner:
         attention = 6 * n_rows * min(n_queries, _BLOCK) + 2 * 4 * n_longest * n_queries
         vectors = 2 * 4 * n_cells * cache.n_head_kv * max(cache.n_embd_head_k, cache.n_embd_head_v)
         return max(decode, attention, vectors) + rest
+
+    def _graph(self, n_cells: int) -> int:
+        """The decode graph alone; of many cells, only its mask is longer (f16)."""
+        n_asked = min(n_cells, _ASKED)
+        mask = 2 * self.settings.ubatch * (n_cells - n_asked)
+        return self._context(n_asked).n_bytes_compute + mask
 
     def _deciding(self, n_cells: int) -> int:
         """Arrays of the policy; all are as long as the longest head."""
@@ -282,9 +285,11 @@ class Planner:
 
 
 def _last_that_fits(
-    values: Iterable[int], n_bytes: Callable[[int], int], memory: int
+    first: int, last: int, n_bytes: Callable[[int], int], memory: int
 ) -> int | None:
-    """The largest of ascending values whose bytes, which rise with them, fit."""
-    values = list(values)
+    """The largest of ``first``, every :data:`STEP` and ``last`` whose bytes fit; they rise."""
+    values = range(first, last, STEP)
     n = bisect_left(values, True, key=lambda value: n_bytes(value) > memory)
+    if n == len(values) and n_bytes(last) <= memory:
+        return last
     return values[n - 1] if n else None
