@@ -243,7 +243,10 @@ class Planner:
         Scoring is counted from its graph: the attention of a block of the observed queries, once
         as it is and once half summed, and the mask of all of them.
 
-        RSSFIG
+        What SmolLM2-135M took at its peak, beside weights and vocabulary, of what is planned for
+        it, in MiB: with n_ctx 8192 and a budget of 1,024, after 2,500 tokens with a probe 115 of
+        169, after 3,000 without 76 of 144 (the plan is for all 8,192); with a budget of 7,000,
+        after 7,800 tokens with a probe 346 of 378 (measured before queries came in blocks).
         """
         s, cache = self.settings, self.cache
         rest = _BOOKKEEPING + (4 * self.header.n_vocab * s.n_ctx if s.logits_all else 0)

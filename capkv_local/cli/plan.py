@@ -98,6 +98,14 @@ def plan_command(model: Path | None, memory: int | None, n_ctx: int | None, as_j
       capkv plan model.gguf
       capkv plan model.gguf --memory 8GiB --context 128k
       capkv plan model.gguf --memory 8GiB --json | jq .take.command
+
+    \b
+    The JSON object, sizes in bytes by what they are for:
+      {"model": {...}, "memory", "context", "warnings": [...],
+       "types": [{"type", "bytes_per_token", "whole", "largest_context", "largest_budget"}],
+       "budgets_type", "budgets": [{"budget", "need", "fits", "measured"}],
+       "take": {"type", "budget" (null: all cells), "need", "command"} or null,
+       "least": the smallest cache that there is}
     """
     from capkv_local.advice import advise
     from capkv_local.errors import BudgetError

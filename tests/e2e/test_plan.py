@@ -35,9 +35,9 @@ def test_the_printed_command_runs() -> None:
 
 def test_a_session_takes_no_more_than_is_planned(tmp_path: Path) -> None:
     text, questions, answers = (tmp_path / name for name in ("text.txt", "in", "out"))
-    text.write_text(TEXT.read_text()[:8000])
+    text.write_text(TEXT.read_text()[:11000])
     questions.write_text("/stats\n")
-    options = ["--n-ctx", "2100", "--budget", "512", "--threads", "1"]
+    options = ["--n-ctx", "2800", "--budget", "512", "--threads", "1"]
     with questions.open() as stdin, answers.open("w") as stdout:
         run = subprocess.Popen(
             [sys.executable, "-m", "capkv_local.cli", "chat", str(text), *options],
@@ -49,7 +49,7 @@ def test_a_session_takes_no_more_than_is_planned(tmp_path: Path) -> None:
         run.returncode = os.waitstatus_to_exitcode(status)
     assert run.returncode == 0
     assert "(0 cells evicted)" not in answers.read_text()
-    settings = Settings(2100).with_policy(get_policy("capkv"), probe=True)
+    settings = Settings(2800).with_policy(get_policy("capkv"), probe=True)
     with ModelHeader(default_model()) as header:
         need = Planner(header, settings).need(512)
     assert need.total * 0.6 < usage.ru_maxrss * 1024 <= need.total
