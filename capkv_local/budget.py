@@ -17,6 +17,7 @@ for _power, _prefix in enumerate("kmgt", start=1):
 _TEXT = re.compile(
     r"\s*(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})\s*([a-z%]*)\s*", re.ASCII | re.IGNORECASE
 )
+AUTO = "auto"
 _FORMS = "cells (2048), a share of the context (0.25 or '25%') or memory ('512MiB', '1.5GB')"
 
 
@@ -83,6 +84,32 @@ def parse_size(text: str) -> int | None:
     return None if match is None or n_unit is None else int(Fraction(match[1]) * n_unit)
 
 
+def is_auto(value: object) -> bool:
+    """Whether a budget is left to the planner."""
+    return isinstance(value, str) and value.strip().lower() == AUTO
+
+
+def parse_memory(text: str) -> int:
+    """Bytes that a size with its unit means.
+
+    Raises
+    ------
+    BudgetError
+        No number, no unit, an unknown one, or nothing.
+
+    Examples
+    --------
+    >>> parse_memory("8GiB"), parse_memory("1.5 GB")
+    (8589934592, 1500000000)
+    """
+    n_bytes = None if text.strip()[-1:].isdigit() else parse_size(text)
+    if n_bytes is None:
+        raise BudgetError(f"{text!r} is no amount of memory: write it like 8GiB, 512MiB or 1.5GB.")
+    if n_bytes == 0:
+        raise BudgetError(f"{text!r} is no memory at all: write it like 8GiB, 512MiB or 1.5GB.")
+    return n_bytes
+
+
 def _cells(value: object, *, n_ctx: int, bytes_per_cell: int) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
@@ -90,6 +117,10 @@ def _cells(value: object, *, n_ctx: int, bytes_per_cell: int) -> int:
         return _share(float(value), repr(float(value)), n_ctx)
     if not isinstance(value, str):
         raise BudgetError(f"kv_budget={value!r} is a {type(value).__name__}: give {_FORMS}.")
+    if is_auto(value):
+        raise BudgetError(
+            f"kv_budget={value!r} is for a model that is being loaded: give {_FORMS}."
+        )
     match = _TEXT.fullmatch(value)
     if match is None:
         raise BudgetError(f"kv_budget={value!r} cannot be read: give {_FORMS}.")

@@ -15,8 +15,9 @@ from capkv_local import native
 from capkv_local.cache import KVCacheStats
 from capkv_local.documents import Document, DocumentStream
 from capkv_local.errors import ContextOverflow
-from capkv_local.llama import DEFAULT_ROOM, Budget, Llama, Observe
+from capkv_local.llama import Budget, Llama, Observe
 from capkv_local.models import default_model, fingerprint
+from capkv_local.planner import DEFAULT_ROOM
 from capkv_local.policies import get_policy
 from capkv_local.reading import IngestProgress, IngestReport, Meter, Reading
 from capkv_local.saved import SavedChat

@@ -8,6 +8,7 @@ position. Everything else is :class:`llama_cpp.Llama`.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from capkv_local import native
 from capkv_local.allocate import get_allocator
-from capkv_local.budget import parse_budget
+from capkv_local.auto import auto_budget
+from capkv_local.budget import is_auto, parse_budget
 from capkv_local.cache import CompactCache, KVCacheStats, evicts
 from capkv_local.errors import (
     BudgetError,
@@ -29,6 +31,7 @@ from capkv_local.errors import (
 )
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.models import check_model_file, load_errors
+from capkv_local.planner import DEFAULT_ROOM, Settings
 from capkv_local.policies import Policy, get_policy
 from capkv_local.probe import REQUEST, Probe
 from capkv_local.protected import ProtectedLlama
@@ -38,8 +41,6 @@ Budget = int | float | str
 Observe = Literal["tail", "probe"]
 
 DEFAULT_BUDGET = 2048
-# Cells for the reply, so that generation does not evict at every token.
-DEFAULT_ROOM = 256
 
 
 class CompactedState(llama_cpp.LlamaState):
@@ -66,6 +67,8 @@ class Llama(ProtectedLlama):
     kv_budget
         What is left after an eviction: cells per head, on average (int), a fraction of ``n_ctx``
         (float in (0, 1]) or memory (``"512MiB"``). Default: 2048 cells, or ``n_ctx`` if smaller.
+        ``"auto"``: as many cells as four fifths of the available memory hold beside the weights,
+        at most ``n_ctx`` (see :func:`capkv_local.auto.auto_budget`).
     kv_allocation
         How heads share the budget: ``"uniform"``, ``"pyramid"``, ``"adaptive-layer"`` or
         ``"global"`` (see :mod:`capkv_local.allocate`); by default what suits the policy. The
@@ -133,6 +136,11 @@ class Llama(ProtectedLlama):
         allocation = _allocation(kv_allocation, policy)
         _check_settings(flash_attn, kwargs, kv_room)
         _check_observe(kv_observe, policy)
+        settings = _settings(n_ctx, n_batch, kv_room, kwargs)
+        settings = settings.with_policy(policy, probe=kv_observe == "probe", allocation=allocation)
+        if is_auto(kv_budget) and settings.evicts:
+            n_gpu_layers = kwargs.get("n_gpu_layers", 0)
+            kv_budget = auto_budget(model_path, settings, n_gpu_layers=n_gpu_layers)
         if n_ctx > 0 and not isinstance(kv_budget, str):
             _parse(kv_budget, n_ctx, 0, policy)  # wrong settings are told before a model is loaded
         # The cells come later, when the context and the bytes per cell are known.
@@ -148,6 +156,7 @@ class Llama(ProtectedLlama):
         budget = _parse(kv_budget, self._n_ctx, kv.info().n_bytes_cell, policy)
         if kv_observe == "probe" and evicts(policy):
             self._probe = self._make_probe(probe_stride)
+        self._settings = replace(settings, n_ctx=self._n_ctx)
         kv.resize(self._cells(policy, budget))
         self._set_n_ctx(kv, self._n_ctx)
         n_probe = 0 if self._probe is None else self._probe.n_scratch
@@ -157,11 +166,8 @@ class Llama(ProtectedLlama):
 
     def _cells(self, policy: Policy, budget: int) -> int:
         """Cells per head to allocate."""
-        if not evicts(policy):
-            return self._n_ctx
-        # The room is there even where the whole context fits: a question is read in it.
-        n_scratch = 0 if self._probe is None else self._probe.n_scratch
-        return min(self._n_ctx, budget + min(self.n_batch, self._n_ctx)) + self._room + n_scratch
+        settings = self._settings.with_policy(policy, probe=self._probe is not None)
+        return settings.n_cells(budget)
 
     def _make_probe(self, stride: int) -> Probe:
         request = self.tokenize(REQUEST.encode(), add_bos=False)
@@ -422,6 +428,19 @@ def _parse(value: Budget | None, n_ctx: int, bytes_per_cell: int, policy: Policy
         n_ctx=n_ctx,
         bytes_per_cell=bytes_per_cell,
         minimum=policy.n_sinks + policy.n_recent + 1,
+    )
+
+
+def _settings(n_ctx: int, n_batch: int, kv_room: int, kwargs: dict[str, Any]) -> Settings:
+    return Settings(
+        n_ctx,
+        type_k=native.cache_type_name(kwargs.get("type_k")),
+        type_v=native.cache_type_name(kwargs.get("type_v")),
+        n_batch=n_batch,
+        n_ubatch=kwargs.get("n_ubatch", 512),
+        kv_room=kv_room,
+        swa_full=kwargs.get("swa_full"),
+        logits_all=bool(kwargs.get("logits_all")),
     )
 
 

@@ -69,8 +69,8 @@ def check_model_file(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def load_errors(path: str | Path) -> Iterator[None]:
-    """Turn llama.cpp's failure to load into an error that says why.
+def load_errors(path: str | Path, *, quiet: bool = False) -> Iterator[native.Log]:
+    """Turn llama.cpp's failure to load into an error that says why; yields its log.
 
     Raises
     ------
@@ -79,14 +79,14 @@ def load_errors(path: str | Path) -> Iterator[None]:
     UnsupportedModel
         The model loads, but a context with these settings cannot be made.
     """
-    with native.error_log() as lines:
+    with native.log(quiet=quiet) as log:
         try:
-            yield
+            yield log
         except ValueError as error:
             if not str(error).startswith("Failed to"):
                 raise
-            reason = next((line for line in lines if "error" in line.lower()), None)
-            reason = reason or (lines[0] if lines else str(error))
+            reason = next((line for line in log.errors if "error" in line.lower()), None)
+            reason = reason or (log.errors[0] if log.errors else str(error))
             if "context" in str(error):
                 raise UnsupportedModel(
                     f"{path}: no context can be made: {reason}; use other cache types, a smaller "

@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ _UNSUPPORTED = range(-13, -1)  # ERR_BLOCKS .. ERR_NO_MEMORY
 _ERR_FLASH_ATTN = -9
 _ERR_ALLOC = -19
 
-_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_LOG_LEVEL_INFO = 2  # GGML_LOG_LEVEL_INFO
+_LOG_LEVEL_ERROR = 4
 _GGML_TYPE_BF16 = 30
 
 
@@ -183,6 +184,22 @@ def cache_type(name: str) -> int:
     return int(getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", _GGML_TYPE_BF16))
 
 
+def cache_type_name(number: int | None) -> str:
+    """Name of a ``ggml_type``; None is llama.cpp's default.
+
+    Raises
+    ------
+    UnsupportedModel
+        No type of a cache.
+    """
+    if number is None:
+        return "f16"
+    for name in CACHE_TYPES:
+        if cache_type(name) == number:
+            return name
+    raise UnsupportedModel(f"no KV cache type {number}: there are {', '.join(CACHE_TYPES)}")
+
+
 def library_path() -> str:
     """Path of the loaded llama library."""
     return str(llama_cpp.llama_cpp._lib._name)
@@ -250,7 +267,7 @@ def gguf_layout(path: str | Path) -> tuple[int, list[tuple[int, int]]] | None:
     lib.gguf_get_data_offset.restype = size
     for function in (lib.gguf_get_tensor_offset, lib.gguf_get_tensor_size):
         function.argtypes, function.restype = [pointer, ctypes.c_int64], size
-    with error_log():
+    with log():
         gguf = lib.gguf_init_from_file(os.fsencode(path), _GGUFParams(True, None))
     if not gguf:
         return None
@@ -445,21 +462,31 @@ def set_lora(ctx: Any, adapter: Any, scale: float) -> None:
         raise NativeError("the LoRA adapter cannot be set on a new context")
 
 
+@dataclass
+class Log:
+    """What llama.cpp logged, one line each."""
+
+    errors: list[str] = field(default_factory=list)
+    infos: list[str] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def error_log() -> Iterator[list[str]]:
-    """Collect what llama.cpp logs as errors inside the block, one line each."""
-    lines: list[str] = []
+def log(*, quiet: bool = False) -> Iterator[Log]:
+    """Collect what llama.cpp logs inside the block; ``quiet`` keeps it off the screen."""
+    collected = Log()
+    lines = {_LOG_LEVEL_ERROR: collected.errors, _LOG_LEVEL_INFO: collected.infos}
     stock = llama_cpp._logger.llama_log_callback
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-        if level == _LOG_LEVEL_ERROR:
-            lines.append(text.decode(errors="replace").strip())
-        stock(level, text, user_data)
+        if level in lines:
+            lines[level].append(text.decode(errors="replace").strip())
+        if not quiet:
+            stock(level, text, user_data)
 
     llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
     try:
-        yield lines
+        yield collected
     finally:
         llama_cpp.llama_log_set(stock, ctypes.c_void_p(0))
 

@@ -14,6 +14,7 @@ from capkv_local.cli.chat import chat_command
 from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
+from capkv_local.cli.plan import plan_command
 from capkv_local.cli.snapshot import snapshot_command
 
 __all__ = ["main"]
@@ -33,6 +34,7 @@ def main() -> None:
       capkv chat report.pdf notes.md --budget 25%
       capkv ask report.pdf "Who signed the contract?"
       capkv snapshot book.pdf -o book.capkv
+      capkv plan model.gguf --memory 8GiB --context 128k
       capkv doctor
     """
 
@@ -41,5 +43,6 @@ main.add_command(chat_command)
 main.add_command(ask_command)
 main.add_command(snapshot_command)
 main.add_command(cache_group)
+main.add_command(plan_command)
 main.add_command(eval_command)
 main.add_command(doctor_command)

@@ -148,9 +148,10 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--budget",
         "kv_budget",
         type=budget_value,
-        metavar="N|0.25|512MiB",
+        metavar="N|0.25|512MiB|auto",
         help="KV cells to keep per head, on average: a count, a fraction of --n-ctx (0.25 or "
-        "25%), or a memory size (512MiB). [default: 2048]",
+        "25%), a memory size (512MiB), or as many as the free memory holds (auto). "
+        "[default: 2048]",
     ),
     click.option(
         "--allocation",

@@ -1,0 +1,298 @@
+"""What fits into a given memory: cells and context, before anything of a model is loaded.
+
+    memory = weights + program + KV cells + sliding windows + observed queries + graphs + deciding
+
+All but the last two are exact: llama.cpp says them for a model whose weights it does not read (see
+:mod:`capkv_local.header`), and the cells are those that :class:`~capkv_local.Llama` allocates. The
+last two are upper bounds, see :meth:`Planner._compute`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import psutil
+
+from capkv_local.cache import evicts
+from capkv_local.header import ContextSizes, ModelHeader
+from capkv_local.native import Info
+from capkv_local.policies import Policy
+from capkv_local.probe import Probe
+
+# Planned budgets and contexts are multiples of this.
+STEP = 256
+# Cells for the reply, so that generation does not evict at every token.
+DEFAULT_ROOM = 256
+
+# Most cells that llama.cpp is asked about: it keeps a record of every one.
+_ASKED = 1 << 16
+# Queries whose attention is scored at once, as in llama-kv-score.cpp.
+_BLOCK = 64
+# Bytes of numpy arrays per head and cell of the longest head while a policy decides: 58 to 66 on
+# SmolLM2-135M with a probe, at 1,792 to 4,859 cells (tracemalloc).
+_BYTES_DECIDING = 70
+# Nodes of the graphs, work memory of threads, the text as tokens: 10 to 20 MiB there.
+_BOOKKEEPING = 24 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a session decides its memory; defaults are a chat's.
+
+    Parameters
+    ----------
+    n_ctx
+        Logical context in tokens.
+    type_k, type_v
+        Cache types by ggml name.
+    n_batch, n_ubatch, kv_room, swa_full, logits_all
+        As :class:`~capkv_local.Llama`.
+    evicts
+        False for policies that never give a cell up: they hold all ``n_ctx``.
+    minimum
+        Fewest cells that the policy works with.
+    n_window, mean_query
+        Queries that the policy has observed, and whether their mean, too.
+    n_scratch
+        Cells of the probe, 0 without one.
+    uniform
+        Whether all heads keep the same number of cells.
+    """
+
+    n_ctx: int
+    type_k: str = "f16"
+    type_v: str = "f16"
+    n_batch: int = 512
+    n_ubatch: int = 512
+    kv_room: int = DEFAULT_ROOM
+    swa_full: bool | None = None
+    logits_all: bool = False
+    evicts: bool = False
+    minimum: int = 1
+    n_window: int = 0
+    mean_query: bool = False
+    n_scratch: int = 0
+    uniform: bool = True
+
+    def with_policy(
+        self, policy: Policy, *, probe: bool, allocation: str | None = None
+    ) -> Settings:
+        """The same with what this policy needs; by default with the allocation that suits it."""
+        if not evicts(policy):
+            return replace(self, evicts=False, minimum=1, n_window=0, mean_query=False, n_scratch=0)
+        return replace(
+            self,
+            evicts=True,
+            minimum=policy.n_sinks + policy.n_recent + 1,
+            n_window=policy.n_window if "queries" in policy.needs else 0,
+            mean_query="mean_query" in policy.needs,
+            n_scratch=Probe.n_scratch if probe else 0,
+            uniform=(allocation or getattr(policy, "allocation", "uniform")) == "uniform",
+        )
+
+    @property
+    def batch(self) -> int:
+        """Tokens of a batch, as llama-cpp-python limits them."""
+        return min(self.n_batch, self.n_ctx)
+
+    @property
+    def ubatch(self) -> int:
+        """Tokens of a physical batch, which sizes the graphs."""
+        return min(self.batch, self.n_ubatch)
+
+    def n_cells(self, budget: int) -> int:
+        """Cells per head, on average, that are allocated for a budget."""
+        if not self.evicts:
+            return self.n_ctx
+        # The room is there even where the whole context fits: a question is read in it.
+        n_text = min(self.n_ctx, budget + self.batch)
+        return n_text + self.kv_room + self.n_scratch
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a session takes, by what they are for."""
+
+    weights: int
+    program: int
+    kv: int
+    windows: int
+    observation: int
+    compute: int
+    deciding: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """As :attr:`~capkv_local.KVCacheStats.kv_bytes`."""
+        return self.kv + self.windows
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+class Planner:
+    """Answers what fits, for one model and one kind of session.
+
+    Parameters
+    ----------
+    header
+        The model.
+    settings
+        The session.
+    program
+        Bytes that the process takes beside all that; by default what this one takes now, with the
+        vocabulary of the model read.
+
+    Raises
+    ------
+    UnsupportedModel
+        The model, or a cache type, cannot be evicted per head.
+    """
+
+    def __init__(
+        self, header: ModelHeader, settings: Settings, *, program: int | None = None
+    ) -> None:
+        self.header = header
+        self.settings = settings
+        self.program = psutil.Process().memory_info().rss if program is None else program
+        # A session begins with a context of this size, which bounds its sliding windows.
+        n_first = settings.batch
+        if header.n_swa:
+            n_first = max(n_first, header.n_swa + settings.ubatch)
+        self._first = self._context(n_first)
+
+    def using(self, **changes: Any) -> Planner:
+        """The same model with other settings."""
+        return Planner(self.header, replace(self.settings, **changes), program=self.program)
+
+    @property
+    def cache(self) -> Info:
+        """The part of the cache that can be evicted."""
+        return self._first.cache
+
+    def whole(self, n_ctx: int) -> Planner:
+        """A session that keeps all cells of a context (policy ``full``)."""
+        none = {"minimum": 1, "n_window": 0, "mean_query": False, "n_scratch": 0}
+        return self.using(n_ctx=n_ctx, evicts=False, **none)
+
+    @property
+    def bytes_per_cell(self) -> int:
+        """K and V of one cell, of all heads that can be evicted together."""
+        return self.cache.n_bytes_cell
+
+    def need(self, budget: int) -> Need:
+        """What a session with this budget takes; policies that do not evict ignore it."""
+        n_cells = self.settings.n_cells(budget)
+        cache = self.cache
+        return Need(
+            weights=self.header.n_bytes,
+            program=self.program,
+            kv=self.bytes_per_cell * n_cells,
+            windows=cache.n_bytes_other,
+            observation=self._observation(),
+            compute=self._compute(n_cells),
+            deciding=self._deciding(n_cells),
+        )
+
+    def largest_budget(self, memory: int) -> int | None:
+        """Most cells that fit into ``memory`` bytes, at most the context; None: not even a few."""
+        n_ctx = self.settings.n_ctx
+        return _last_that_fits(self.least_budget, n_ctx, lambda n: self.need(n).total, memory)
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget that is planned with."""
+        return min(self.settings.n_ctx, -(-self.settings.minimum // STEP) * STEP)
+
+    def largest_context(self, memory: int) -> int | None:
+        """Most tokens, at most the context, of which all cells fit."""
+        n_ctx = self.settings.n_ctx
+        return _last_that_fits(STEP, n_ctx, lambda n: self.whole(n).need(n).total, memory)
+
+    # -- what it takes -------------------------------------------------------------------------
+
+    def _context(self, n_cells: int) -> ContextSizes:
+        s = self.settings
+        return self.header.context(
+            n_cells,
+            type_k=s.type_k,
+            type_v=s.type_v,
+            n_batch=s.batch,
+            n_ubatch=s.ubatch,
+            swa_full=s.swa_full,
+            n_outputs=0 if s.logits_all else 1,
+        )
+
+    def _observation(self) -> int:
+        s, cache = self.settings, self.cache
+        n_queries = s.n_window + s.n_scratch + s.mean_query
+        return 4 * cache.n_layer * cache.n_head * cache.n_embd_head_k * n_queries
+
+    def _compute(self, n_cells: int) -> int:
+        """Buffers of the graphs: of decoding and of scoring, which take turns in the same memory.
+
+        Decoding is what llama.cpp reports for such a context with one row of logits. For a session
+        it reports up to ``n_ubatch`` rows more, which it reserves and which reading never touches:
+        98 to 103 MiB for the default model with n_ctx 512 to 16384 and n_ubatch 512, where 14 to
+        30 are counted here. With all rows it is the reported figure (tests/model/test_planner.py).
+
+        Scoring is counted from its graph: the attention of a block of the observed queries, once
+        as it is and once half summed, and the mask of all of them.
+
+        What SmolLM2-135M took at its peak, beside weights and vocabulary, of what is planned for
+        it, in MiB: with n_ctx 8192 and a budget of 1,024, after 2,500 tokens with a probe 115 of
+        169, after 3,000 without 76 of 144 (the plan is for all 8,192); with a budget of 7,000,
+        after 7,800 tokens with a probe 346 of 378 (measured before queries came in blocks).
+        """
+        s, cache = self.settings, self.cache
+        rest = _BOOKKEEPING + (4 * self.header.n_vocab * s.n_ctx if s.logits_all else 0)
+        if not s.evicts:
+            return self._graph(n_cells) + rest
+        n_longest = self._longest(n_cells)
+        # heads of unequal length take the mask in parts
+        decode = self._graph(n_longest) + 2 * n_longest * s.ubatch
+
+        n_queries = max(s.n_window, s.n_scratch)
+        # Heads of one length are scored together, others one by one.
+        n_rows = max(cache.n_head * n_cells, cache.n_head // cache.n_head_kv * n_longest)
+        attention = 6 * n_rows * min(n_queries, _BLOCK) + 2 * 4 * n_longest * n_queries
+        vectors = 2 * 4 * n_cells * cache.n_head_kv * max(cache.n_embd_head_k, cache.n_embd_head_v)
+        return max(decode, attention, vectors) + rest
+
+    def _graph(self, n_cells: int) -> int:
+        """The decode graph alone; of many cells, only its mask is longer (f16)."""
+        n_asked = min(n_cells, _ASKED)
+        mask = 2 * self.settings.ubatch * (n_cells - n_asked)
+        return self._context(n_asked).n_bytes_compute + mask
+
+    def _deciding(self, n_cells: int) -> int:
+        """Arrays of the policy; all are as long as the longest head."""
+        if not self.settings.evicts:
+            return 0
+        return self._longest(n_cells) * self.cache.n_heads * _BYTES_DECIDING
+
+    def _longest(self, n_cells: int) -> int:
+        """Most cells that one head can come to hold while all together hold ``n_cells`` each.
+
+        Compared with each other, some head keeps nearly everything: 4,859 cells of 5,000 tokens
+        with a budget of 1,024 (SmolLM2-135M, ``global``).
+        """
+        if self.settings.uniform:
+            return n_cells
+        n_all = self.settings.n_ctx + self.settings.n_scratch
+        return max(n_cells, min(n_all, self.cache.n_heads * n_cells))
+
+
+def _last_that_fits(
+    first: int, last: int, n_bytes: Callable[[int], int], memory: int
+) -> int | None:
+    """The largest of ``first``, every :data:`STEP` and ``last`` whose bytes fit; they rise."""
+    values = range(first, last, STEP)
+    n = bisect_left(values, True, key=lambda value: n_bytes(value) > memory)
+    if n == len(values) and n_bytes(last) <= memory:
+        return last
+    return values[n - 1] if n else None
