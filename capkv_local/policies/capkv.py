@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +42,12 @@ class CapKV(BasePolicy):
     With a probe, every cell has been looked for, and the sums are over all repeated tokens::
 
         r_i = sum_q a_qi² over all repetitions so far                   (no window, no maximum)
-        w_i = pool_j(r_j) + probe_consensus * mean over all heads h of r_h,i
-        s_i as above from w and probe_noise:   which cells a head keeps
-        s_i as above from r and probe_noise:   how many (the n-th best of a head gets the n-th
-                                               largest of these)
+        s_i as above from r and probe_noise: how many cells a head keeps
 
-    Two orders, since they answer two questions: heads that look for nothing must not take the
-    cells of those that do, but what they do keep may well be what the others need.
+    Which ones is another question. A head takes them in turn from three lists, since there are
+    three kinds of tokens to come: those for which this head looks something up (r), those for
+    which another does (the mean of r over all heads, by token), and those that go on with the
+    text (the mean attention of the last queries).
 
     Parameters
     ----------
@@ -68,9 +68,12 @@ class CapKV(BasePolicy):
     noise
         Variance of the noise, in units of a squared attention. docs/policies.md has the numbers
         behind the defaults.
-    probe_pool, probe_consensus, probe_noise
-        The same with a probe; the noise in units of a summed squared attention. Chosen on two
-        models, see docs/evaluation.md.
+    probe_own, probe_consensus, probe_tail
+        With a probe, shares of the cells that are chosen by the head's own relevance, by that of
+        all heads and by the tail's attention; they are divided by their sum.
+    probe_pool, probe_noise
+        With a probe, the pool of what all heads find relevant, and the noise, in units of a summed
+        squared attention. Chosen on two models, see docs/evaluation.md.
 
     Notes
     -----
@@ -94,8 +97,10 @@ class CapKV(BasePolicy):
     consensus: float = 1.0
     u: Literal["value", "key"] = "value"
     noise: float = 0.01
+    probe_own: float = 0.45
+    probe_consensus: float = 0.35
+    probe_tail: float = 0.2
     probe_pool: int = 3
-    probe_consensus: float = 3.0
     probe_noise: float = 1.0
 
     def __post_init__(self) -> None:
@@ -103,11 +108,16 @@ class CapKV(BasePolicy):
         for name in ("pool", "probe_pool"):
             pool = getattr(self, name)
             self._require(name, pool >= 1 and pool % 2 == 1, "odd and 1 or more")
-        for name in ("consensus", "probe_consensus"):
+        for name in ("consensus", "probe_own", "probe_consensus", "probe_tail"):
             self._require(name, 0 <= getattr(self, name) < np.inf, "finite and 0 or more")
+        self._require("probe_own", sum(self._probe_shares) > 0, "above 0 if the other two are 0")
         for name in ("noise", "probe_noise"):
             self._require(name, 0 < getattr(self, name) < np.inf, "finite and above 0")
         self._require("u", self.u in ("value", "key"), "'value' or 'key'")
+
+    @property
+    def _probe_shares(self) -> tuple[float, float, float]:
+        return self.probe_own, self.probe_consensus, self.probe_tail
 
     def score(self, stats: KVStats) -> F32:
         """Capacity, sinks and recent above all; hands the relevance on to the next round."""
@@ -131,13 +141,10 @@ class CapKV(BasePolicy):
             repeated = repeated + stats.carried
         stats.carry(repeated)
         own = np.where(open_, repeated, np.float32(0))
-        shared = _pooled(own, open_, self.probe_pool)
-        shared = shared + self.probe_consensus * _mean_over_heads(stats.positions, own)
-        return _in_order_of(
-            self._capacity(stats, shared, self.probe_noise),
-            self._capacity(stats, own, self.probe_noise),
-            open_,
-        )
+        shared = _pooled(_mean_over_heads(stats.positions, own), open_, self.probe_pool)
+        tail = _pooled(stats.window_attention(reduce="mean"), open_, self.pool)
+        order = _in_turn((own, shared, tail), self._probe_shares, open_)
+        return _in_order_of(order, self._capacity(stats, own, self.probe_noise), open_)
 
     def _capacity(self, stats: KVStats, relevance: F32, noise: float) -> F32:
         """Leverage of vectors of length 1 under these weights."""
@@ -174,7 +181,36 @@ def _mean_over_heads(positions: NDArray[np.int32], x: F32) -> F32:
     return np.asarray(by_token[positions + 1] / (x.shape[0] * x.shape[1]), np.float32)
 
 
-def _in_order_of(order: F32, values: F32, open_: Mask) -> F32:
+def _in_turn(lists: Sequence[F32], shares: Sequence[float], open_: Mask) -> NDArray[np.float64]:
+    """A score that takes the contested cells from several lists in turn, each in its own order.
+
+    However many cells a head keeps, the best ``share`` of them of each list are among them.
+
+    Parameters
+    ----------
+    lists
+        Each [n_layer, n_head_kv, n_cells], higher means earlier.
+    shares
+        One per list, not negative, their sum above 0.
+
+    Examples
+    --------
+    >>> a, b = np.array([[[4.0, 3.0, 2.0, 1.0]]]), np.array([[[1.0, 2.0, 3.0, 4.0]]])
+    >>> _in_turn((a, b), (0.7, 0.3), np.ones((1, 1, 4), bool)).argsort()[..., ::-1].tolist()
+    [[[0, 1, 3, 2]]]
+    """
+    when = np.full(open_.shape, np.inf)
+    total = sum(shares)
+    for values, share in zip(lists, shares, strict=True):
+        if share > 0:
+            first = np.where(open_, -values, np.inf).argsort(axis=-1, kind="stable")
+            place = np.empty(open_.shape)
+            np.put_along_axis(place, first, np.arange(1.0, 1.0 + open_.shape[-1]), axis=-1)
+            np.minimum(when, place * (total / share), out=when)
+    return -when
+
+
+def _in_order_of(order: NDArray[np.floating[Any]], values: F32, open_: Mask) -> F32:
     """The contested `values` of each head, given out again in the order of `order`.
 
     Examples
