@@ -36,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A snapshot at q8_0, read with the tail."""
     file = tmp_path_factory.mktemp("saved") / "part.capkv"
     chat = read(kv_observe="tail", type_k="q8_0", type_v="q8_0")
-    chat.extra["sources"] = [[0, "page 1"]]
+    chat.extra["note"] = [[0, "of others"]]
     chat.save(file)
     chat.set_budget(64)
     np.save(file.with_suffix(".npy"), chat.llama.kv_positions())
@@ -69,12 +69,17 @@ def test_answers_are_those_of_the_chat_that_wrote_it(kv_type: str, tmp_path: Pat
     chat.close()
 
 
-def test_what_others_know_of_the_documents_comes_back(saved: Path, tmp_path: Path) -> None:
+def test_sources_and_what_others_note_come_back(saved: Path, tmp_path: Path) -> None:
     chat = DocumentChat.load(saved)
-    assert chat.extra == {"sources": [[0, "page 1"]]}
+    assert chat.extra == {"note": [[0, "of others"]]}
+    source = chat._sources.at(100)
+    assert source is not None
+    assert source.document == PART.name
     chat.save(tmp_path / "again.capkv")
     chat.close()
-    assert read_header(tmp_path / "again.capkv")["extra"] == {"sources": [[0, "page 1"]]}
+    extra = read_header(tmp_path / "again.capkv")["extra"]
+    assert extra == read_header(saved)["extra"]
+    assert extra["sources"]["documents"] == [PART.name]
 
 
 def test_an_eviction_right_after_opening_keeps_the_same_cells(saved: Path) -> None:
