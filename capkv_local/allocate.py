@@ -46,7 +46,9 @@ def share_out(
 ) -> I64:
     """Cells that each head keeps, of a budget that every pool of rows has for its own heads.
 
-    Rows cannot move between devices: an allocation compares the heads of one pool.
+    Rows cannot move between devices: an allocation compares the heads of one pool. No head keeps
+    more than :data:`LONGEST` times its equal share, if the others hold enough: what a policy
+    computes is as long as the longest head, and would grow with the text.
 
     Parameters
     ----------
@@ -79,9 +81,25 @@ def share_out(
         n_heads = n_always[layers].size
         total = budget * n_heads - int(n_always[layers].sum())
         least = int(floor * total / n_heads)
-        counts[layers] += allocate(scores[layers], contested[layers], total, least)
+        within = _within(scores[layers], contested[layers], total)
+        counts[layers] += allocate(scores[layers], within, total, least)
     return counts
 
+
+def _within(scores: Scores, contested: Mask, total: int) -> Mask:
+    """The contested cells without those that no head may keep since it would hold too many."""
+    held = contested.sum(axis=-1, dtype=np.int64)
+    if total < 0 or held.size == 0:
+        return contested  # told by the allocator, or nothing to do
+    level = _fill(held.ravel(), min(total, int(held.sum())))  # as equal as the heads allow
+    most = max(LONGEST * total // held.size, int(level.max()))
+    if held.max() <= most:
+        return contested
+    return top_cells(scores, contested, np.minimum(held, most))
+
+
+LONGEST = 4
+"""Most cells of a head, in equal shares of the budget."""
 
 PYRAMID_BETA = 20
 """Mean budget over the last layer's: the default of PyramidKV and of kvpress."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from capkv_local.allocate import LONGEST
 from capkv_local.cache import evicts
 from capkv_local.header import ContextSizes, ModelHeader
 from capkv_local.native import Info
@@ -276,15 +277,11 @@ class Planner:
         return self._longest(n_cells) * self.cache.n_heads * _BYTES_DECIDING
 
     def _longest(self, n_cells: int) -> int:
-        """Most cells that one head can come to hold while all together hold ``n_cells`` each.
-
-        Compared with each other, some head keeps nearly everything: 4,859 cells of 5,000 tokens
-        with a budget of 1,024 (SmolLM2-135M, ``global``).
-        """
+        """Most cells that one head can come to hold while all together hold ``n_cells`` each."""
         if self.settings.uniform:
             return n_cells
         n_all = self.settings.n_ctx + self.settings.n_scratch
-        return max(n_cells, min(n_all, self.cache.n_heads * n_cells))
+        return max(n_cells, min(n_all, min(LONGEST, self.cache.n_heads) * n_cells))
 
 
 def _last_that_fits(

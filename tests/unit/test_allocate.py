@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from capkv_local.allocate import (
     ALLOCATORS,
+    LONGEST,
     Allocator,
     adaptive_layer,
     get_allocator,
@@ -492,3 +493,34 @@ def test_every_pool_keeps_to_its_own_budget(name: str) -> None:
     assert counts.min() >= 36 + int(0.2 * 44)
     if name == "global":
         assert counts[1].min() > 80 > counts[0].mean() - 1
+
+
+# --- the longest head -------------------------------------------------------------------------
+
+
+@given(
+    held=st.lists(st.integers(0, 60), min_size=1, max_size=12),
+    budget=st.integers(1, 40),
+    name=st.sampled_from(list(ALLOCATORS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_head_grows_with_the_text(held: list[int], budget: int, name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = np.array(held)[:, None]  # one head a layer
+    cells = np.arange(60) >= 60 - sizes[..., None]
+    scores = rng.random(cells.shape) ** 9 * 10.0 ** rng.integers(0, 6, sizes.shape)[..., None]
+    nothing = np.zeros_like(sizes)
+    counts = share_out(name, scores, cells, nothing, np.zeros(len(held), int), budget, 0.2)
+    total = min(budget * len(held), int(sizes.sum()))
+    assert counts.sum() == total
+    # More than its multiple of an equal share only if the others hold too little.
+    most = max(LONGEST * budget, next(k for k in range(61) if np.minimum(sizes, k).sum() >= total))
+    assert (counts <= np.minimum(sizes, most)).all()
+
+
+def test_a_head_that_wants_everything_gets_its_multiple() -> None:
+    scores = np.ones((10, 1, 500))
+    scores[3] = 9
+    nothing, one_pool = np.zeros((10, 1), int), np.zeros(10, int)
+    counts = share_out("global", scores, np.ones(scores.shape, bool), nothing, one_pool, 50, 0.2)
+    assert counts[3, 0] == LONGEST * 50
