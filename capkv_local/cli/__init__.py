@@ -35,6 +35,7 @@ def main() -> None:
       capkv chat report.pdf notes.md --budget 25%
       capkv ask report.pdf "Who signed the contract?"
       capkv snapshot book.pdf -o book.capkv
+      capkv inspect book.capkv -o book.html
       capkv plan model.gguf --memory 8GiB --context 128k
       capkv doctor
     """

@@ -91,6 +91,7 @@ function choose(l, h) {
   layer = l; head = h; mode = "held";
   $("layer").value = l; $("head").value = h; $("mode").value = mode;
   paint();
+  $("bar").scrollIntoView({ block: "nearest" });
 }
 
 function grid(id, value, say) {
@@ -112,8 +113,7 @@ function grid(id, value, say) {
     }
   }
   box.append(label("layer", "row"));
-  const step = L <= 32 ? 1 : Math.ceil(L / 16);
-  for (let l = 0; l < L; l++) box.append(label(l % step ? "" : l + 1, ""));
+  for (let l = 1; l <= L; l++) box.append(label(l === 1 || l % 5 === 0 ? l : "", ""));
 }
 function label(text, kind) {
   const span = document.createElement("span");
@@ -180,7 +180,7 @@ $("text").addEventListener("click", event => {
   const t = pointed(event);
   if (t !== undefined) tell(+t, event.clientX, event.clientY);
 });
-addEventListener("scroll", () => { $("tip").hidden = true; }, { passive: true });
+addEventListener("scroll", () => { $("tip").hidden = true; }, { passive: true, capture: true });
 addEventListener("keydown", event => { if (event.key === "Escape") $("tip").hidden = true; });
 addEventListener("resize", drawMap);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);

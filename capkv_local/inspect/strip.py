@@ -15,11 +15,11 @@ from rich.text import Text
 from capkv_local.inspect.collect import EDGES, N_LEVELS, Passage, Survival, levels, ranked
 from capkv_local.inspect.question import Attention
 
-_PLAIN_WIDTH = 100
+_PLAIN_WIDTH, _WIDEST = 100, 140
 _MOST_ROWS = 16  # of the strip
 _BAR = 30
-# From nothing to all, light on dark and dark on light: colour 236 of 256 is a dark grey.
-_COLOURS = (236, 17, 18, 19, 25, 31, 37, 79, 158)
+# Of 256, from nothing (grey) to all: purple, blue, green, yellow, on dark and on light ground.
+_COLOURS = (236, 54, 61, 31, 37, 42, 113, 184, 226)
 
 
 def print_strip(
@@ -45,11 +45,10 @@ def print_strip(
     """
     file = file or sys.stdout
     if fancy:
-        console = Console(file=file, highlight=False, width=min(Console(file=file).width, 140))
+        console = Console(file=file, highlight=False, force_terminal=True)
+        console.width = min(console.width, _WIDEST)
     else:
-        console = Console(
-            file=file, width=_PLAIN_WIDTH, no_color=True, force_terminal=False, highlight=False
-        )
+        console = Console(file=file, highlight=False, width=_PLAIN_WIDTH, no_color=True)
     parts: list[Iterable[Text]] = [
         _wrapped(summary(survival), console.width),
         _strip(survival, console.width, fancy),
