@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capkv_local import native
-from capkv_local.errors import BudgetError, ContextOverflow
+from capkv_local.cache import CompactCache
+from capkv_local.errors import BudgetError, ContextOverflow, StateError
 from capkv_local.inspect.collect import Passage, Survival, by_token, passages
+from capkv_local.interrupt import deferred_interrupt
 from capkv_local.llama import Llama
 from capkv_local.memory import SHARE, available_memory
 from capkv_local.native import F32, Stat
@@ -178,19 +180,31 @@ def _attention(llama: Llama, asked: Sequence[int], *, restore: bool = True) -> F
             f"a question of {len(asked)} tokens does not fit into the {n_most} cells that it can "
             "have: ask a shorter one, or read with a larger --room"
         )
-    # Observing more queries than the policy does forgets those that it has.
-    before = native.get_state(llama._ctx.ctx) if restore else None
-    needs = cache.policy.needs
-    try:
-        cache.kv.observe(len(asked), mean_query="mean_query" in needs, n_skip=cache.policy.n_sinks)
-        llama._decode_scratch(cache, list(asked))
-        attention = cache.kv.score(
-            Stat.ATTN_MEAN, n_cells=cache.kv.info().n_cells, n_queries=len(asked)
-        )
-        return by_token(attention, cache.kv.positions(), n_tokens)
-    finally:
-        llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1)
-        if before is not None:
-            cache.observe()
-            native.set_state(llama._ctx.ctx, before)
-            llama._requires_eval = True
+    with deferred_interrupt():
+        before = native.get_state(llama._ctx.ctx) if restore else None
+        try:
+            _observe(cache, len(asked))
+            llama._decode_scratch(cache, list(asked))
+            attention = cache.kv.score(
+                Stat.ATTN_MEAN, n_cells=cache.kv.info().n_cells, n_queries=len(asked)
+            )
+            return by_token(attention, cache.kv.positions(), n_tokens)
+        finally:
+            llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1)
+            if before is not None:
+                _go_back(llama, cache, before)
+
+
+def _observe(cache: CompactCache, n_queries: int) -> None:
+    """Observe so many queries, which may be more than the policy needs."""
+    mean_query = "mean_query" in cache.policy.needs
+    cache.kv.observe(n_queries, mean_query=mean_query, n_skip=cache.policy.n_sinks)
+
+
+def _go_back(llama: Llama, cache: CompactCache, before: bytes) -> None:
+    """To what was observed before, too; needs a decode first, as :meth:`Llama.load_state`."""
+    cache.observe()
+    llama._decode_scratch(cache, [0])
+    if not native.set_state(llama._ctx.ctx, before):
+        raise StateError("the cells as they were before the question do not fit: read again")
+    llama._requires_eval = True

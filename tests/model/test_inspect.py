@@ -75,6 +75,12 @@ def test_without_memory_for_the_full_cache_it_says_so(
     assert attention.attended.sum() > 0 and attention.worst_passages()
 
 
+def test_what_was_observed_is_there_for_the_next_eviction(chat: DocumentChat) -> None:
+    question_attention(chat, collect(chat), QUESTION)
+    chat.set_budget(160)
+    assert collect(chat).cells.mean() <= 161
+
+
 def test_what_cannot_be_asked_is_refused(chat: DocumentChat) -> None:
     with pytest.raises(BudgetError, match="a question of"):
         question_attention(chat, collect(chat), "one two three " * 200)
