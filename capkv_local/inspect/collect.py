@@ -196,8 +196,12 @@ def passages(survival: Survival) -> list[Passage]:
 
 
 def ranked(survival: Survival) -> list[Passage]:
-    """Passages of documents by how much is held of them, most first; without the very short."""
-    parts = [p for p in passages(survival) if p.source and p.text(survival)]
+    """Passages by how much is held of them, most first; without the very short.
+
+    Those of documents, if sources are known.
+    """
+    parts = [p for p in passages(survival) if p.text(survival)]
+    parts = [p for p in parts if p.source] or parts
     long = [p for p in parts if p.last - p.first >= _SHORT // 2]
     return sorted(long or parts, key=lambda p: -p.share(survival))
 

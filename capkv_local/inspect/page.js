@@ -97,7 +97,7 @@ function choose(l, h) {
 function grid(id, value, say) {
   const box = $(id);
   if (!box) return;
-  box.style.gridTemplateColumns = `auto repeat(${L}, minmax(9px, 1fr))`;
+  box.style.gridTemplateColumns = `auto repeat(${L}, minmax(9px, 3rem))`;
   const most = Math.max(...value) || 1;
   for (let h = 0; h < H; h++) {
     box.append(label("head " + (h + 1), "row"));
@@ -127,7 +127,7 @@ function label(text, kind) {
 function sourceOf(t) {
   let a = 0, b = D.sources.length;
   while (b - a > 1) { const m = (a + b) >> 1; if (D.sources[m][0] <= t) a = m; else b = m; }
-  return D.names[D.sources[a][1]] || "not from a document";
+  return D.names[D.sources[a][1]] || "no document";
 }
 
 function rankOf(h, t) {

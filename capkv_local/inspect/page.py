@@ -147,7 +147,7 @@ def _row(survival: Survival, passage: Passage, value: float | None = None) -> di
         "last": passage.last,
         "number": f"{passage.share(survival):.0%}" if value is None else f"{value:.1%}",
         "held": f"{passage.share(survival):.0%}",
-        "source": str(passage.source or "conversation"),
+        "source": str(passage.source or "no document"),
         "text": passage.text(survival, 240),
     }
 
@@ -165,7 +165,7 @@ def _asked(survival: Survival, attention: Attention) -> dict[str, Any]:
                 "first": token,
                 "text": survival.pieces[token].strip() or repr(survival.pieces[token]),
                 "around": "".join(survival.pieces[max(0, token - 8) : token + 9]),
-                "source": str(survival.sources[token] or "conversation"),
+                "source": str(survival.sources[token] or "no document"),
                 "held": f"{survival.n_held[token]} of {survival.n_heads}",
                 "attended": f"{attention.attended[token] / total:.2%}",
                 "lost": f"{attention.lost[token] / total:.2%}" if compared else "not known",

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from capkv_local.cli.display import count
 from capkv_local.inspect.collect import EDGES, N_LEVELS, Passage, Survival, levels, ranked
 from capkv_local.inspect.question import Attention
 
@@ -70,9 +71,9 @@ def summary(survival: Survival) -> str:
     shared = "" if s.allocation is None else f", {s.allocation}"
     gone = int((s.n_held == 0).sum())
     return (
-        f"{s.n_tokens:,} tokens, {s.cells.mean():,.0f} cells per head held "
+        f"{count(s.n_tokens, 'token')}, {s.cells.mean():,.0f} cells per head held "
         f"({s.share.mean():.1%}; {s.cells.min():,} to {s.cells.max():,}); "
-        f"{gone:,} tokens are held by no head ({s.policy}{shared})"
+        f"{count(gone, 'token')} held by no head ({s.policy}{shared})"
     )
 
 
@@ -144,7 +145,7 @@ def _passages(survival: Survival, width: int, n: int) -> list[Text]:
 
 
 def _rows(survival: Survival, rows: Sequence[tuple[str, Passage]], width: int) -> list[Text]:
-    sources = [str(p.source or "conversation") for _, p in rows]
+    sources = [str(p.source or "no document") for _, p in rows]
     widest = max(map(len, sources), default=0)
     lines = []
     for (number, passage), source in zip(rows, sources, strict=True):
