@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from capkv_local.cli.display import count
 from capkv_local.inspect.collect import EDGES, N_LEVELS, Passage, Survival, levels, ranked
 from capkv_local.inspect.question import Attention
 
@@ -71,9 +70,9 @@ def summary(survival: Survival) -> str:
     shared = "" if s.allocation is None else f", {s.allocation}"
     gone = int((s.n_held == 0).sum())
     return (
-        f"{count(s.n_tokens, 'token')}, {s.cells.mean():,.0f} cells per head held "
+        f"{s.n_tokens:,} tokens, {s.cells.mean():,.0f} cells per head held "
         f"({s.share.mean():.1%}; {s.cells.min():,} to {s.cells.max():,}); "
-        f"{count(gone, 'token')} held by no head ({s.policy}{shared})"
+        f"no head holds {gone:,} of the tokens ({s.policy}{shared})"
     )
 
 
