@@ -439,6 +439,15 @@ class KVCache:
         _check(status, "evict KV cells")
 
 
+def token_piece(vocab: Any, token: int) -> bytes:
+    """The bytes of text that a token is; special tokens by their names."""
+    # Without a buffer, llama.cpp says how long it would have to be.
+    size = abs(llama_cpp.llama_token_to_piece(vocab, token, None, 0, 0, True))
+    buffer = ctypes.create_string_buffer(size)
+    llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, True)
+    return buffer.raw
+
+
 def get_state(ctx: Any) -> bytes:
     """The whole state of a context: cells, their compaction and the observed queries."""
     size = llama_cpp.llama_state_get_size(ctx)

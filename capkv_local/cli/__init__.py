@@ -14,6 +14,7 @@ from capkv_local.cli.chat import chat_command
 from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
+from capkv_local.cli.inspect import inspect_command
 from capkv_local.cli.plan import plan_command
 from capkv_local.cli.snapshot import snapshot_command
 
@@ -34,6 +35,7 @@ def main() -> None:
       capkv chat report.pdf notes.md --budget 25%
       capkv ask report.pdf "Who signed the contract?"
       capkv snapshot book.pdf -o book.capkv
+      capkv inspect book.capkv -o book.html
       capkv plan model.gguf --memory 8GiB --context 128k
       capkv doctor
     """
@@ -43,6 +45,7 @@ main.add_command(chat_command)
 main.add_command(ask_command)
 main.add_command(snapshot_command)
 main.add_command(cache_group)
+main.add_command(inspect_command)
 main.add_command(plan_command)
 main.add_command(eval_command)
 main.add_command(doctor_command)
