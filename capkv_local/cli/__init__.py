@@ -12,6 +12,8 @@ from capkv_local.cli.ask import ask_command
 from capkv_local.cli.cache import cache_group
 from capkv_local.cli.chat import chat_command
 from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
+from capkv_local.cli.completion import completion_command
+from capkv_local.cli.config import config_command, configurable
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
 from capkv_local.cli.plan import plan_command
@@ -36,13 +38,27 @@ def main() -> None:
       capkv snapshot book.pdf -o book.capkv
       capkv plan model.gguf --memory 8GiB --context 128k
       capkv doctor
+
+    \b
+    Options come from the command line, the environment (--n-ctx: CAPKV_N_CTX) or a
+    file; `capkv config` shows them. `capkv completion` prints the completion of a shell.
+
+    \b
+    Exit codes:
+      0    done
+      1    it failed; one line on standard error says why and what to do
+      2    wrong usage: arguments, environment or configuration file
+      130  stopped by Ctrl-C
     """
 
 
-main.add_command(chat_command)
-main.add_command(ask_command)
-main.add_command(snapshot_command)
+main.add_command(configurable(chat_command))
+main.add_command(configurable(ask_command))
+main.add_command(configurable(snapshot_command))
 main.add_command(cache_group)
-main.add_command(plan_command)
-main.add_command(eval_command)
+main.add_command(configurable(plan_command))
+# Its seed is another one: where the texts are cut, not how answers are sampled.
+main.add_command(configurable(eval_command, ("model", "threads")))
 main.add_command(doctor_command)
+main.add_command(config_command(chat_command))
+main.add_command(completion_command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from capkv_local.cli import display
-from capkv_local.errors import CapKVError, ContextOverflow
+from capkv_local.cli.names import complete_allocations, complete_files, complete_policies
+from capkv_local.errors import CapKVError, ConfigError, ContextOverflow
 
 if TYPE_CHECKING:
     from capkv_local.chat import DocumentChat, IngestProgress, IngestReport
@@ -33,11 +36,16 @@ class GuardedGroup(click.Group):
         tolerant_streams()
         try:
             return super().invoke(ctx)
+        except click.BadParameter as error:
+            _name_variable(error)
+            raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click prints and exits for these itself
         except KeyboardInterrupt:
             click.echo("\ncapkv: stopped", err=True)
             ctx.exit(130)
+        except ConfigError as error:
+            _fail(ctx, one_line(error), code=2)
         except CapKVError as error:
             _fail(ctx, one_line(error))
         except MemoryError:
@@ -46,11 +54,20 @@ class GuardedGroup(click.Group):
             _fail(ctx, f"internal error: {type(error).__name__}: {one_line(error)} (see --debug)")
 
 
-def _fail(ctx: click.Context, message: str) -> NoReturn:
+def _name_variable(error: click.BadParameter) -> None:
+    """Say so when a wrong value was not typed, but comes from the environment."""
+    ctx, param = error.ctx, error.param
+    if ctx is None or param is None or param.name is None or not param.envvar:
+        return
+    if ctx.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT:
+        error.param_hint = f"'{param.opts[0]}' (from {param.envvar})"
+
+
+def _fail(ctx: click.Context, message: str, code: int = 1) -> NoReturn:
     if ctx.meta.get(_DEBUG):
         traceback.print_exc()
     click.echo(f"capkv: error: {message}", err=True)
-    ctx.exit(1)
+    ctx.exit(code)
 
 
 def one_line(error: BaseException) -> str:
@@ -59,7 +76,10 @@ def one_line(error: BaseException) -> str:
 
 
 def tolerant_streams() -> None:
-    """Make odd characters in answers and questions replaceable instead of fatal."""
+    """Make odd characters replaceable instead of fatal, and closed streams empty ones."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller, as in `capkv ask ... <&-`
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
@@ -115,7 +135,7 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 _CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
-_TYPES_HELP = f"one of {', '.join(CACHE_TYPES)}."
+_TYPES_HELP = f"one of {', '.join(CACHE_TYPES)}. [default: f16]"
 debug_option = click.option(
     "--debug",
     is_flag=True,
@@ -123,6 +143,12 @@ debug_option = click.option(
     expose_value=False,
     callback=_set_debug,
     help="Show the trace of an error.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+)
+files_argument = click.argument(
+    "files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_files
 )
 max_tokens_option = click.option(
     "--max-tokens",
@@ -142,6 +168,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--policy",
         "kv_policy",
         metavar="NAME",
+        shell_complete=complete_policies,
         help="What decides which cells stay; `capkv doctor` lists them. [default: capkv]",
     ),
     click.option(
@@ -157,6 +184,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--allocation",
         "kv_allocation",
         metavar="NAME",
+        shell_complete=complete_allocations,
         help="How heads share the budget: uniform, pyramid, adaptive-layer or global. "
         "[default: what suits the policy]",
     ),
@@ -179,7 +207,8 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--n-ctx",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Tokens that document and conversation may have together.",
+        help="Tokens that document and conversation may have together. "
+        "[default: what the model was trained with]",
     ),
     click.option(
         "--room",
@@ -190,7 +219,11 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "questions, and to keep more of what was said. [default: 256]",
     ),
     click.option(
-        "--threads", "n_threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."
+        "--threads",
+        "n_threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="CPU threads. [default: all]",
     ),
     click.option(
         "--gpu-layers",
@@ -203,8 +236,15 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option(
         "--type-v", type=_CACHE_TYPE, metavar="TYPE", help=f"Cached values: {_TYPES_HELP}"
     ),
-    click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed for sampling."),
-    click.option("-v", "--verbose", is_flag=True, help="Show what llama.cpp logs."),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Seed for sampling. [default: random]",
+    ),
+    click.option(
+        "-v", "--verbose", is_flag=True, help="Show what llama.cpp logs, on standard error."
+    ),
     debug_option,
 )
 
@@ -310,7 +350,9 @@ def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
 
     with display.waiting("loading the model"):
         if sources.session is not None:
-            return DocumentChat.load(sources.session, **options.keywords())
+            from capkv_local.cli.config import for_session
+
+            return DocumentChat.load(sources.session, **for_session(options).keywords())
         return DocumentChat(**options.keywords())
 
 

@@ -29,6 +29,11 @@ def doctor_command(as_json: bool) -> None:
     Examples:
       capkv doctor
       capkv doctor --json | jq .devices
+
+    \b
+    The JSON object:
+      {"library", "patched", "abi", "features", "devices", "system_info", "policies",
+       "default_model", "versions": {...}, "problems": [one sentence each]}
     """
     report = examine()
     if as_json:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from capkv_local.cli.common import CACHE_TYPES, debug_option
+from capkv_local.cli.common import CACHE_TYPES, debug_option, json_option
 from capkv_local.cli.display import step_progress
 
 if TYPE_CHECKING:
@@ -98,8 +100,9 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     show_default=True,
     help="Folder of results and report; a run that was stopped goes on there.",
 )
+@json_option
 @debug_option
-def eval_command(quick: bool, kvpress: bool, out: Path, **settings: Any) -> None:
+def eval_command(quick: bool, kvpress: bool, out: Path, as_json: bool, **settings: Any) -> None:
     """Compress the cache of real texts in many ways and measure what is left.
 
     KL is between the predictions of the full and of the small cache, over the text that follows
@@ -115,26 +118,41 @@ def eval_command(quick: bool, kvpress: bool, out: Path, **settings: Any) -> None
       capkv eval --method capkv --method snapkv --method capkv:noise=0.1+probe --cases 4
       capkv eval --question seen --method capkv --method bm25 --task facts --task qa
       capkv eval --kv-type f16 --kv-type q8_0 --kv-type q4_0 --method full --method capkv
+      capkv eval --quick --json | jq -r .report
+
+    \b
+    The JSON object:
+      {"results": path of the .jsonl with all numbers, "csv": path, "report": path,
+       "tables": [{"title", "label", "columns", "sections": [{"heading", "rows"}]}]}, as printed;
+      with --kvpress {"agreements": [...]}
     """
     from capkv_local.evaluate.plans import make_plan
     from capkv_local.evaluate.records import Results
     from capkv_local.evaluate.report import write_report
+    from capkv_local.evaluate.report.cells import Cells
+    from capkv_local.evaluate.report.grid import setting_grids
     from capkv_local.evaluate.report.table import print_tables
     from capkv_local.evaluate.run import run
 
     plan = make_plan(quick=quick, **settings)
     if kvpress:
-        _check_with_kvpress(plan)
+        _check_with_kvpress(plan, as_json)
         return
     results = Results(out / "results.jsonl")
     with step_progress() as progress:
         run(plan, results, progress)
     page = write_report(results.path, out)
-    print_tables(results.read().records)
+    records = results.read().records
+    if as_json:
+        tables = [asdict(grid) for _, grid in setting_grids(Cells(list(records)))]
+        files = {"results": results.path, "csv": out / "results.csv", "report": page}
+        click.echo(json.dumps({**files, "tables": tables}, default=str))
+        return
+    print_tables(records)
     click.echo(f"report: {page}", err=True)
 
 
-def _check_with_kvpress(plan: Plan) -> None:
+def _check_with_kvpress(plan: Plan, as_json: bool) -> None:
     from capkv_local.evaluate.crosscheck import crosscheck, print_agreements
 
     texts = plan.read_texts()
@@ -145,4 +163,7 @@ def _check_with_kvpress(plan: Plan) -> None:
         for model in plan.models
         for agreement in crosscheck(model, chosen, threads=plan.threads)
     ]
-    print_agreements(found)
+    if as_json:
+        click.echo(json.dumps({"agreements": [asdict(one) for one in found]}, default=str))
+    else:
+        print_agreements(found)

@@ -1,0 +1,296 @@
+"""Where the verbs' options come from: command line, environment, one TOML file, built in.
+
+``configurable`` gives a verb's options their environment variables and has click take defaults from
+the file; ``capkv config`` shows what is in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from capkv_local.cli.common import ModelOptions, budget_value, debug_option
+from capkv_local.errors import ConfigError, unknown_name
+
+CONFIG_VARIABLE = "CAPKV_CONFIG"
+KEYS = (
+    "model",
+    "policy",
+    "budget",
+    "allocation",
+    "observe",
+    "probe-stride",
+    "n-ctx",
+    "room",
+    "threads",
+    "gpu-layers",
+    "type-k",
+    "type-v",
+    "seed",
+    "max-tokens",
+    "forget",
+    "cache",
+    "history",
+    "verbose",
+)
+# What stays as a saved session has it, unless the command line says otherwise.
+_KEPT_IN_SESSIONS = ("model", *(f for f in ModelOptions.__annotations__ if f.startswith("kv_")))
+_KEPT_IN_SESSIONS += ("probe_stride", "n_ctx", "type_k", "type_v", "seed")
+_CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.PROMPT)
+
+Verb = TypeVar("Verb", bound=click.Command)
+
+
+def config_path() -> Path:
+    """The file that is read when none is named."""
+    return Path(click.get_app_dir("capkv-local")) / "config.toml"
+
+
+def variable(key: str) -> str:
+    """Environment variable of a key.
+
+    Examples
+    --------
+    >>> variable("n-ctx")
+    'CAPKV_N_CTX'
+    """
+    return f"CAPKV_{key.upper().replace('-', '_')}"
+
+
+def configurable(command: Verb, keys: tuple[str, ...] = KEYS) -> Verb:
+    """Let the environment and the configuration file set the options of a verb.
+
+    Parameters
+    ----------
+    command
+        The verb; gets ``--config``.
+    keys
+        Those of :data:`KEYS` that mean the same here; what the verb does not have is ignored.
+    """
+    for key, param in _parameters(command):
+        if key in keys and not param.multiple:
+            param.envvar = variable(key)
+
+    def load(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+        if not ctx.resilient_parsing:
+            ctx.default_map = _defaults(command, keys, path)
+
+    command.params.append(
+        click.Option(
+            ["--config"],
+            type=click.Path(path_type=Path),
+            metavar="FILE.toml",
+            envvar=CONFIG_VARIABLE,
+            is_eager=True,  # before the options whose defaults it sets, after --help
+            expose_value=False,
+            callback=load,
+            help="File with defaults for these options; `capkv config` shows them.",
+        )
+    )
+    return command
+
+
+def for_session(options: ModelOptions) -> ModelOptions:
+    """Options for opening a saved session: its own settings, but for what was typed.
+
+    A session is bound to model, context and cache types, which defaults must not contradict.
+    """
+    ctx = click.get_current_context(silent=True)
+    if ctx is None:
+        return options
+    kept = [n for n in _KEPT_IN_SESSIONS if ctx.get_parameter_source(n) not in _CHOSEN]
+    values = {name: value for name, value in options.keywords().items() if name not in kept}
+    return ModelOptions(**values)
+
+
+# ---- the file ----------------------------------------------------------------------------------
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """Keys and values of a configuration file; of the usual one, if there is one, with None.
+
+    Raises
+    ------
+    ConfigError
+        Missing, unreadable, no TOML, or with an unknown key.
+    """
+    usual = path is None
+    path = path or config_path()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if usual:
+            return {}
+        raise ConfigError(
+            f"there is no configuration file {path}; check --config and {CONFIG_VARIABLE}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"the configuration {path} cannot be read: {reason}") from error
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+    for key in values:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: {unknown_name('key', key, KEYS)}")
+    return values
+
+
+def _defaults(command: click.Command, keys: tuple[str, ...], path: Path | None) -> dict[str, Any]:
+    """The file's values as defaults of a verb's parameters.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`read_config`, or a value that its option does not take.
+    """
+    values = read_config(path)
+    folder = (path or config_path()).parent
+    defaults: dict[str, Any] = {}
+    for key, param in _parameters(command):
+        if key not in values or key not in keys or param.name is None:
+            continue
+        value = values[key]
+        try:
+            _check(param, value)
+        except click.BadParameter as error:
+            raise ConfigError(
+                f"{path or config_path()}: {key} = {value!r}: {error.message}"
+            ) from error
+        if key == "model":
+            value = str(folder / Path(value).expanduser())
+        if not param.multiple:
+            # A budget of 0.25 must not become a number of cells: as it would be typed.
+            defaults[param.name] = value if isinstance(value, bool) else str(value)
+        elif not os.environ.get(variable(key)):
+            defaults[param.name] = [value]
+    return defaults
+
+
+def _check(param: click.Parameter, value: Any) -> None:
+    kinds: dict[str, tuple[type, ...]] = {
+        "true or false": (bool,),
+        "a whole number": (int,),
+        "a number or a text": (int, float, str),
+        "a text": (str,),
+    }
+    if isinstance(param.type, click.types.BoolParamType):
+        kind = "true or false"
+    elif isinstance(param.type, click.types.IntParamType):
+        kind = "a whole number"
+    elif getattr(param.type, "func", None) is budget_value:
+        kind = "a number or a text"
+    else:
+        kind = "a text"
+    if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind[0] != "t"):
+        raise click.BadParameter(f"it must be {kind}.")
+    if kind != "true or false":
+        param.type.convert(str(value), param, None)
+
+
+def _parameters(command: click.Command) -> Iterator[tuple[str, click.Parameter]]:
+    """Keys of the parameters that can be configured, as they are typed."""
+    for param in command.params:
+        names = [name.removeprefix("--") for name in param.opts]
+        if key := next((name for name in names if name in KEYS), None):
+            yield key, param
+
+
+# ---- capkv config ------------------------------------------------------------------------------
+
+
+def config_command(chat: click.Command) -> click.Command:
+    """Make ``capkv config``, which shows the options of ``chat``: they are all there are."""
+
+    @click.command("config", short_help="Show the options in force, and where each comes from.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+    @click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        metavar="FILE.toml",
+        envvar=CONFIG_VARIABLE,
+        help="Show this configuration file.",
+    )
+    @debug_option
+    def command(as_json: bool, config: Path | None) -> None:
+        """Show which defaults are in force for `capkv chat`, and where each comes from.
+
+        What is typed comes first, then the environment (--n-ctx: CAPKV_N_CTX), then the
+        configuration file, a TOML file of the options' names without dashes in front.
+
+        \b
+        A configuration file:
+          model = "~/models/qwen3-8b-q4_k_m.gguf"
+          budget = 4096          # or 0.25, "512MiB", "auto"
+          type-k = "q8_0"
+          type-v = "q8_0"
+          history = true         # keep what is asked in capkv chat, on the disk
+
+        \b
+        Examples:
+          capkv config
+          capkv config --json | jq .options.budget
+          CAPKV_BUDGET=1024 capkv config --config other.toml
+
+        \b
+        The JSON object:
+          {"file", "exists", "options": {name: {"value", "from": environment, file or built in}}}
+        """
+        path = config or config_path()
+        rows = _in_force(chat, config)
+        if as_json:
+            about = {"file": str(path), "exists": path.exists()}
+            click.echo(json.dumps({**about, "options": rows}))
+            return
+        click.echo(f"file  {path}{'' if path.exists() else ' (there is none)'}\n")
+        lines = [(key, _text(row["value"]), _where(key, row["from"])) for key, row in rows.items()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+            click.echo("  ".join(padded).rstrip())
+
+    return command
+
+
+def _in_force(chat: click.Command, path: Path | None) -> dict[str, dict[str, Any]]:
+    arguments = ["FILE"] if path is None else ["--config", str(path), "FILE"]
+    ctx = chat.make_context("config", arguments)
+    names = {ParameterSource.ENVIRONMENT: "environment", ParameterSource.DEFAULT_MAP: "file"}
+    rows: dict[str, dict[str, Any]] = {}
+    for key, param in _parameters(chat):
+        value = ctx.params[str(param.name)]
+        origin = ctx.get_parameter_source(str(param.name))
+        source = names.get(origin, "built in") if origin else "built in"
+        if source == "built in" and not isinstance(value, (bool, int)):
+            value = _built_in(param)
+        rows[key] = {"value": str(value) if isinstance(value, Path) else value, "from": source}
+    return rows
+
+
+def _built_in(param: click.Parameter) -> str | None:
+    """What the help says: the value itself is known to the library only."""
+    found = re.search(r"\[default: (.*?)\]", str(getattr(param, "help", "")))
+    return found[1] if found else None
+
+
+def _where(key: str, source: str) -> str:
+    return {"environment": variable(key), "file": "file"}.get(source, "")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
