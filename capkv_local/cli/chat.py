@@ -93,7 +93,7 @@ def chat_command(
             "chat reads your questions from standard input; give the document as a file, "
             'or use: capkv ask - "QUESTION"'
         )
-    reader = question_reader(sorted(COMMANDS), on_disk=history)
+    reader = question_reader(completions, on_disk=history)
     sources = read_sources(files)
     with contextlib.closing(open_and_read(sources, options, cache=cache)) as session:
         if forget:
@@ -211,6 +211,16 @@ class JsonConversation(Conversation):
         stats = self.session.stats()
         record = {"answer": "".join(pieces).strip(), "stopped": stopped}
         return record | numbers(stats, stats.n_tokens, seconds)
+
+
+def completions() -> list[str]:
+    """Return what Tab completes at the prompt: commands, and the names they take."""
+    from capkv_local.allocate import ALLOCATORS
+    from capkv_local.policies import policy_names
+
+    names = [f"/policy {name}" for name in policy_names()]
+    names += [f"/allocation {name}" for name in ALLOCATORS]
+    return [*sorted(COMMANDS), "/quit", "/keep on", "/keep off", *names]
 
 
 # ---- slash commands ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ KEYS_HELP = {
     "Enter": "send",
     "Alt-Enter": "new line; so does \\ at the end of a line",
     "Up, Down": "earlier questions (or lines); Ctrl-R searches",
-    "Tab": "complete a command",
+    "Tab": "complete a command, or the name behind it",
     "Ctrl-C": "stop an answer; twice at the prompt: leave",
 }
 
@@ -31,13 +31,15 @@ history_option = click.option(
 )
 
 
-def question_reader(commands: Sequence[str], *, on_disk: bool = False) -> Callable[[], str]:
+def question_reader(
+    commands: Callable[[], list[str]], *, on_disk: bool = False
+) -> Callable[[], str]:
     """Return what reads a question, which may have several lines.
 
     Parameters
     ----------
     commands
-        What Tab completes.
+        Returns what Tab completes.
     on_disk
         Keep the history in a file. Without it questions about private documents stay off the disk.
 
@@ -101,7 +103,7 @@ def history_file() -> Path:
     return path
 
 
-def editor(commands: Sequence[str], history: Path | None) -> PromptSession[str]:
+def editor(commands: Callable[[], list[str]], history: Path | None) -> PromptSession[str]:
     """An editor of several lines; what is pasted stays one question."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -130,7 +132,7 @@ def editor(commands: Sequence[str], history: Path | None) -> PromptSession[str]:
         prompt_continuation="  ",
         key_bindings=keys,
         history=InMemoryHistory() if history is None else FileHistory(str(history)),
-        completer=WordCompleter(list(commands), sentence=True),
+        completer=WordCompleter(commands, sentence=True),
         complete_while_typing=False,
         color_depth=ColorDepth.DEPTH_1_BIT if "NO_COLOR" in os.environ else None,
         enable_open_in_editor=False,

@@ -24,7 +24,7 @@ def typed() -> Iterator[Callable[..., list[str]]]:
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
 
         def ask(*questions: str, history: Path | None = None) -> list[str]:
-            session = editor(["/budget", "/stats"], history)
+            session = editor(lambda: ["/budget", "/stats"], history)
             answers = []
             for question in questions:
                 keys.send_text(question)
