@@ -11,11 +11,12 @@ from capkv_local import __version__
 from capkv_local.cli.ask import ask_command
 from capkv_local.cli.cache import cache_group
 from capkv_local.cli.chat import chat_command
-from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
+from capkv_local.cli.common import CONTEXT_SETTINGS
 from capkv_local.cli.completion import completion_command
 from capkv_local.cli.config import config_command, configurable
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
+from capkv_local.cli.guard import GuardedGroup
 from capkv_local.cli.plan import plan_command
 from capkv_local.cli.snapshot import snapshot_command
 
@@ -40,8 +41,8 @@ def main() -> None:
       capkv doctor
 
     \b
-    Options come from the command line, the environment (--n-ctx: CAPKV_N_CTX) or a
-    file; `capkv config` shows them. `capkv completion` prints the completion of a shell.
+    Options come from the command line, the environment (--n-ctx: CAPKV_N_CTX) or
+    a file; `capkv config` shows them.
 
     \b
     Exit codes:

@@ -52,10 +52,11 @@ def ask_command(
 
     \b
     The JSON object:
-      {"answer": ..., "model": path, "policy": name, "allocation": name, "budget": cells per head,
-       "tokens": tokens read, "seconds": {"load", "read", "answer", "decode", "score",
-       "select", "evict"}, "kv": {"cells", "cells_max", "cells_range", "bytes", "bytes_full",
-       "observe_bytes", "evictions", "cells_evicted"}}
+      {"answer": ..., "model": path, "policy": name, "allocation": name,
+       "budget": cells per head, "tokens": tokens read,
+       "seconds": {"load", "read", "answer", "decode", "score", "select",
+       "evict"}, "kv": {"cells", "cells_max", "cells_range", "bytes",
+       "bytes_full", "observe_bytes", "evictions", "cells_evicted"}}
     """
     if not question.strip():
         raise click.UsageError("the question is empty")

@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capkv_local.cli.common import (
-    ModelOptions,
-    Sources,
-    debug_option,
-    ingest,
-    json_option,
-    one_line,
-    open_chat,
-)
+from capkv_local.cli.common import ModelOptions, Sources, ingest, json_option, open_chat
 from capkv_local.cli.display import count, size
+from capkv_local.cli.guard import debug_option, one_line
 from capkv_local.cli.names import complete_kept
 from capkv_local.errors import CapKVError, StateError
 
@@ -104,8 +97,8 @@ def ls_command(as_json: bool) -> None:
 
     \b
     The JSON object, sizes in bytes:
-      {"folder", "bytes", "bytes_max", "snapshots": [{"name", "bytes", "last_used", "tokens",
-       "model" (null: damaged), "documents": [names]}]}
+      {"folder", "bytes", "bytes_max", "snapshots": [{"name", "bytes",
+       "last_used", "tokens", "model" (null: damaged), "documents": [names]}]}
     """
     from capkv_local.snapshot_cache import SnapshotCache
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import io
-import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,13 +21,12 @@ from capkv_local.cli.common import (
     json_option,
     max_tokens_option,
     model_options,
-    one_line,
     read_sources,
     session_path,
 )
 from capkv_local.cli.display import budget_text, size, stats_text, stream_answer
+from capkv_local.cli.guard import one_line
 from capkv_local.cli.prompt import KEYS_HELP, history_option, question_reader
-from capkv_local.cli.results import numbers
 from capkv_local.errors import CapKVError
 
 if TYPE_CHECKING:
@@ -82,11 +78,11 @@ def chat_command(
       capkv chat report.pdf --json < questions.txt | jq -r .answer
 
     \b
-    With --json there is one object a line for each question or command, in their order:
-      {"question": ..., "answer": ..., "stopped": by Ctrl-C, "policy", "allocation", "budget",
-       "tokens", "seconds": {"answer", ...}, "kv": {...}}, see `capkv ask --help`
-      {"command": ..., "output": text}
-      either with "error": text instead of what it did not come to
+    With --json there is one object a line for each question or command:
+      {"question": ..., "answer": ..., "stopped": by Ctrl-C, "policy",
+       "allocation", "budget", "tokens", "seconds": {"answer", ...},
+       "kv": {...}}, as in `capkv ask --help`; {"command": ..., "output": text};
+      what failed has "error": text instead of answer or output
     """
     if "-" in files:
         raise click.UsageError(
@@ -101,8 +97,7 @@ def chat_command(
         interactive = sys.stdin.isatty()
         if interactive:
             click.echo(f"Ask about {sources.title}. /help lists commands and keys.", err=True)
-        kind = JsonConversation if as_json else Conversation
-        conversation = kind(session, reader, max_tokens)
+        conversation = conversation_type(as_json)(session, reader, max_tokens)
         conversation.run(interactive=interactive)
     if conversation.failed and not interactive:
         click.get_current_context().exit(1)
@@ -182,35 +177,13 @@ class Conversation:
         COMMANDS[name].run(self.session, argument.strip())
 
 
-@dataclass
-class JsonConversation(Conversation):
-    """The same with one JSON object a line; commands' lines are part of it."""
+def conversation_type(as_json: bool) -> type[Conversation]:
+    """Return what holds the conversation."""
+    if not as_json:
+        return Conversation
+    from capkv_local.cli.chat_json import JsonConversation
 
-    def handle(self, line: str) -> None:
-        record: dict[str, Any] = {"command" if line.startswith("/") else "question": line}
-        try:
-            if line.startswith("/"):
-                with contextlib.redirect_stdout(io.StringIO()) as output:
-                    self.command(line)
-                record["output"] = output.getvalue().strip()
-            else:
-                record |= self._answer(line)
-        except CapKVError as error:
-            self.failed = True
-            record["error"] = one_line(error)
-        click.echo(json.dumps(record))
-        sys.stdout.flush()
-
-    def _answer(self, question: str) -> dict[str, Any]:
-        start, pieces, stopped = time.perf_counter(), list[str](), False
-        try:
-            pieces.extend(self.session.ask(question, max_tokens=self.max_tokens))
-        except KeyboardInterrupt:
-            stopped = True
-        seconds = {"answer": time.perf_counter() - start}
-        stats = self.session.stats()
-        record = {"answer": "".join(pieces).strip(), "stopped": stopped}
-        return record | numbers(stats, stats.n_tokens, seconds)
+    return JsonConversation
 
 
 def completions() -> list[str]:

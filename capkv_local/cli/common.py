@@ -1,22 +1,19 @@
-"""What the verbs share: the model options, error handling, and opening files and sessions."""
+"""What the verbs share: the model options, and opening files and sessions."""
 
 from __future__ import annotations
 
 import functools
-import os
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from capkv_local.cli import display
+from capkv_local.cli.guard import debug_option, one_line
 from capkv_local.cli.names import complete_allocations, complete_files, complete_policies
-from capkv_local.errors import CapKVError, ConfigError, ContextOverflow
+from capkv_local.errors import CapKVError, ContextOverflow
 
 if TYPE_CHECKING:
     from capkv_local.chat import DocumentChat, IngestProgress, IngestReport
@@ -25,64 +22,6 @@ if TYPE_CHECKING:
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 SESSION_SUFFIX = ".capkv"
-
-_DEBUG = "capkv_local.debug"  # key in click's context, shared between the group and its verbs
-
-
-class GuardedGroup(click.Group):
-    """A group that turns every error of a verb into one line and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        tolerant_streams()
-        try:
-            return super().invoke(ctx)
-        except click.BadParameter as error:
-            _name_variable(error)
-            raise
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click prints and exits for these itself
-        except KeyboardInterrupt:
-            click.echo("\ncapkv: stopped", err=True)
-            ctx.exit(130)
-        except ConfigError as error:
-            _fail(ctx, one_line(error), code=2)
-        except CapKVError as error:
-            _fail(ctx, one_line(error))
-        except MemoryError:
-            _fail(ctx, "not enough memory; lower --budget or --n-ctx, or close other programs")
-        except Exception as error:
-            _fail(ctx, f"internal error: {type(error).__name__}: {one_line(error)} (see --debug)")
-
-
-def _name_variable(error: click.BadParameter) -> None:
-    """Say so when a wrong value was not typed, but comes from the environment."""
-    ctx, param = error.ctx, error.param
-    if ctx is None or param is None or param.name is None or not param.envvar:
-        return
-    if ctx.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT:
-        error.param_hint = f"'{param.opts[0]}' (from {param.envvar})"
-
-
-def _fail(ctx: click.Context, message: str, code: int = 1) -> NoReturn:
-    if ctx.meta.get(_DEBUG):
-        traceback.print_exc()
-    click.echo(f"capkv: error: {message}", err=True)
-    ctx.exit(code)
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def tolerant_streams() -> None:
-    """Make odd characters replaceable instead of fatal, and closed streams empty ones."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller, as in `capkv ask ... <&-`
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -130,20 +69,8 @@ class ModelOptions:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    ctx.meta[_DEBUG] = value
-
-
 _CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
 _TYPES_HELP = f"one of {', '.join(CACHE_TYPES)}. [default: f16]"
-debug_option = click.option(
-    "--debug",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_set_debug,
-    help="Show the trace of an error.",
-)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
 )

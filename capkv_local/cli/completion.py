@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from capkv_local.cli.common import debug_option
+from capkv_local.cli.guard import debug_option
 
 _SHELLS = ("bash", "zsh", "fish")
 

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from capkv_local.cli.common import ModelOptions, budget_value, debug_option
+from capkv_local.cli.common import ModelOptions, budget_value
+from capkv_local.cli.guard import debug_option
 from capkv_local.errors import ConfigError, unknown_name
 
 CONFIG_VARIABLE = "CAPKV_CONFIG"
@@ -228,26 +229,27 @@ def config_command(chat: click.Command) -> click.Command:
     def command(as_json: bool, config: Path | None) -> None:
         """Show which defaults are in force for `capkv chat`, and where each comes from.
 
-        What is typed comes first, then the environment (--n-ctx: CAPKV_N_CTX), then the
-        configuration file, a TOML file of the options' names without dashes in front.
+          What is typed comes first, then the environment (--n-ctx: CAPKV_N_CTX), then the
+          configuration file, a TOML file of the options' names without dashes in front.
 
-        \b
-        A configuration file:
-          model = "~/models/qwen3-8b-q4_k_m.gguf"
-          budget = 4096          # or 0.25, "512MiB", "auto"
-          type-k = "q8_0"
-          type-v = "q8_0"
-          history = true         # keep what is asked in capkv chat, on the disk
+          \b
+          A configuration file:
+            model = "~/models/qwen3-8b-q4_k_m.gguf"
+            budget = 4096          # or 0.25, "512MiB", "auto"
+            type-k = "q8_0"
+            type-v = "q8_0"
+            history = true         # keep what is asked in capkv chat, on the disk
 
-        \b
-        Examples:
-          capkv config
-          capkv config --json | jq .options.budget
-          CAPKV_BUDGET=1024 capkv config --config other.toml
+          \b
+          Examples:
+            capkv config
+            capkv config --json | jq .options.budget
+            CAPKV_BUDGET=1024 capkv config --config other.toml
 
-        \b
-        The JSON object:
-          {"file", "exists", "options": {name: {"value", "from": environment, file or built in}}}
+          \b
+          The JSON object:
+            {"file", "exists", "options": {name: {"value", "from"}}}, where from is
+        "environment", "file" or "built in"
         """
         path = config or config_path()
         rows = _in_force(chat, config)

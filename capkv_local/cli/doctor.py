@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from capkv_local import __version__
-from capkv_local.cli.common import debug_option, one_line
+from capkv_local.cli.guard import debug_option, one_line
 from capkv_local.errors import CapKVError
 
 
@@ -32,8 +32,9 @@ def doctor_command(as_json: bool) -> None:
 
     \b
     The JSON object:
-      {"library", "patched", "abi", "features", "devices", "system_info", "policies",
-       "default_model", "versions": {...}, "problems": [one sentence each]}
+      {"library", "patched", "abi", "features", "devices", "system_info",
+       "policies", "default_model", "versions": {...},
+       "problems": [one sentence each]}
     """
     report = examine()
     if as_json:

@@ -52,7 +52,7 @@ def snapshot_command(
     \b
     Examples:
       capkv snapshot book.pdf -o book.capkv
-      capkv snapshot book.pdf -o book.capkv --budget 4096 --type-k q8_0 --type-v q8_0
+      capkv snapshot book.pdf -o book.capkv --type-k q8_0 --type-v q8_0
       capkv snapshot book.capkv appendix.pdf -o all.capkv
       capkv chat book.capkv
       capkv ask book.capkv "Who is the murderer?"
@@ -60,9 +60,10 @@ def snapshot_command(
 
     \b
     The JSON object:
-      {"path": of the snapshot, "bytes": its size, "model": path, "policy", "allocation",
-       "budget", "tokens", "seconds": {"load", "read", "write", ...}, "kv": {...}}, see
-      `capkv ask --help`
+      {"path": of the snapshot, "bytes": its size, "model": path, "policy",
+       "allocation", "budget", "tokens",
+       "seconds": {"load", "read", "write", ...}, "kv": {...}},
+      as in `capkv ask --help`
     """
     path = session_path(output)
     _check_output(path, force)  # before hours of reading

@@ -462,7 +462,7 @@ def test_stream_answer(capsys: pytest.CaptureFixture[str], pieces: list[str], sh
 
 def test_answer_survives_a_narrow_encoding() -> None:
     code = (
-        "from capkv_local.cli.common import tolerant_streams\n"
+        "from capkv_local.cli.guard import tolerant_streams\n"
         "from capkv_local.cli.display import stream_answer\n"
         "tolerant_streams(); stream_answer(['5 \\u20ac'])"
     )

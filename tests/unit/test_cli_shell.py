@@ -32,10 +32,13 @@ def verbs(group: click.Group = main, before: tuple[str, ...] = ()) -> list[tuple
 
 
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)
-def test_help_is_a_page_with_examples(run: Run, verb: tuple[str, ...]) -> None:
+def test_help_is_a_page_with_examples(
+    run: Run, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     page = run(*verb, "--help").stdout
     assert re.search(rf"Examples.*:\n.*capkv {' '.join(verb)}", page)
-    assert max(map(len, page.splitlines())) <= 100
+    assert max(map(len, page.splitlines())) <= 80
 
 
 # ---- pipes and closed streams ------------------------------------------------------------------
