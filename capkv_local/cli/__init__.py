@@ -13,7 +13,8 @@ from capkv_local.cli.cache import cache_group
 from capkv_local.cli.chat import chat_command
 from capkv_local.cli.common import CONTEXT_SETTINGS
 from capkv_local.cli.completion import completion_command
-from capkv_local.cli.config import config_command, configurable
+from capkv_local.cli.config import config_command
+from capkv_local.cli.defaults import configurable
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
 from capkv_local.cli.guard import GuardedGroup

@@ -277,7 +277,7 @@ def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
 
     with display.waiting("loading the model"):
         if sources.session is not None:
-            from capkv_local.cli.config import for_session
+            from capkv_local.cli.defaults import for_session
 
             return DocumentChat.load(sources.session, **for_session(options).keywords())
         return DocumentChat(**options.keywords())

@@ -23,7 +23,7 @@ class GuardedGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.BadParameter as error:
-            _name_variable(error)
+            name_variable(error)
             raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click prints and exits for these itself
@@ -40,7 +40,7 @@ class GuardedGroup(click.Group):
             _fail(ctx, f"internal error: {type(error).__name__}: {one_line(error)} (see --debug)")
 
 
-def _name_variable(error: click.BadParameter) -> None:
+def name_variable(error: click.BadParameter) -> None:
     """Say so when a wrong value was not typed, but comes from the environment."""
     ctx, param = error.ctx, error.param
     if ctx is None or param is None or param.name is None or not param.envvar:

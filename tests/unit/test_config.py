@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from capkv_local.cli.config import KEYS, variable
+from capkv_local.cli.defaults import KEYS, variable
 from tests.unit.fake_chat import FakeChat, Run
 
 TXT = str(Path(__file__).parent.parent / "data" / "harbour.txt")
@@ -114,6 +114,20 @@ def test_a_wrong_variable_is_named(
     assert result.exit_code == 2
     assert "CAPKV_N_CTX" in result.stderr and "'many'" in result.stderr
     assert not fake.calls
+    shown = run("config")
+    assert shown.exit_code == 2
+    assert "Usage: capkv config" in shown.stderr and "CAPKV_N_CTX" in shown.stderr
+
+
+def test_doctor_shows_the_model_and_what_is_wrong(run: Run, config: Path) -> None:
+    config.write_text('model = "small.gguf"\n')
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["config"] == str(config)
+    assert report["default_model"] == str(config.parent / "small.gguf")
+    config.write_text("modle = 1\n")
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    assert "Unknown key 'modle'" in json.loads(result.stdout)["problems"][-1]
 
 
 def test_config_says_what_is_in_force_and_where_from(
