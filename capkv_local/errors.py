@@ -65,6 +65,10 @@ class DocumentError(CapKVError, ValueError):
     """A document that cannot be read as text."""
 
 
+class ConfigError(CapKVError, ValueError):
+    """A configuration file, or an environment variable, that cannot be used."""
+
+
 class EvaluationError(CapKVError, ValueError):
     """Records, results or settings of an evaluation that cannot be used."""
 

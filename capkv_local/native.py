@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import enum
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -484,20 +485,33 @@ def log(*, quiet: bool = False) -> Iterator[Log]:
     """Collect what llama.cpp logs inside the block; ``quiet`` keeps it off the screen."""
     collected = Log()
     lines = {_LOG_LEVEL_ERROR: collected.errors, _LOG_LEVEL_INFO: collected.infos}
-    stock = llama_cpp._logger.llama_log_callback
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         if level in lines:
             lines[level].append(text.decode(errors="replace").strip())
         if not quiet:
-            stock(level, text, user_data)
+            _show_log(level, text, user_data)
 
     llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
     try:
         yield collected
     finally:
-        llama_cpp.llama_log_set(stock, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(_show_log, ctypes.c_void_p(0))
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _show_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    """Show llama.cpp's log if ``verbose``, else nothing.
+
+    llama-cpp-python's own callback is off by one in the levels: it takes warnings for errors, and
+    shows them whatever is asked for.
+    """
+    if 0 < llama_cpp._logger.logger.level <= logging.DEBUG and sys.stderr is not None:
+        print(text.decode(errors="replace"), end="", flush=True, file=sys.stderr)
+
+
+llama_cpp.llama_log_set(_show_log, ctypes.c_void_p(0))
 
 
 def doctor() -> dict[str, Any]:

@@ -11,9 +11,13 @@ from capkv_local import __version__
 from capkv_local.cli.ask import ask_command
 from capkv_local.cli.cache import cache_group
 from capkv_local.cli.chat import chat_command
-from capkv_local.cli.common import CONTEXT_SETTINGS, GuardedGroup
+from capkv_local.cli.common import CONTEXT_SETTINGS
+from capkv_local.cli.completion import completion_command
+from capkv_local.cli.config import config_command
+from capkv_local.cli.defaults import configurable
 from capkv_local.cli.doctor import doctor_command
 from capkv_local.cli.eval import eval_command
+from capkv_local.cli.guard import GuardedGroup
 from capkv_local.cli.inspect import inspect_command
 from capkv_local.cli.plan import plan_command
 from capkv_local.cli.snapshot import snapshot_command
@@ -38,14 +42,28 @@ def main() -> None:
       capkv inspect book.capkv -o book.html
       capkv plan model.gguf --memory 8GiB --context 128k
       capkv doctor
+
+    \b
+    Options come from the command line, the environment (--n-ctx: CAPKV_N_CTX) or
+    a file; `capkv config` shows them.
+
+    \b
+    Exit codes:
+      0    done
+      1    it failed; one line on standard error says why and what to do
+      2    wrong usage: arguments, environment or configuration file
+      130  stopped by Ctrl-C
     """
 
 
-main.add_command(chat_command)
-main.add_command(ask_command)
-main.add_command(snapshot_command)
+main.add_command(configurable(chat_command))
+main.add_command(configurable(ask_command))
+main.add_command(configurable(snapshot_command))
 main.add_command(cache_group)
-main.add_command(inspect_command)
-main.add_command(plan_command)
-main.add_command(eval_command)
+main.add_command(configurable(inspect_command))
+main.add_command(configurable(plan_command))
+# Its seed is another one: where the texts are cut, not how answers are sampled.
+main.add_command(configurable(eval_command, ("model", "threads")))
 main.add_command(doctor_command)
+main.add_command(config_command(chat_command))
+main.add_command(completion_command)

@@ -8,28 +8,27 @@ import os
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from capkv_local.cli.common import (
     ModelOptions,
+    files_argument,
     ingest,
+    json_option,
     max_tokens_option,
     model_options,
     open_chat,
     read_sources,
 )
 from capkv_local.cli.display import stream_answer
-
-if TYPE_CHECKING:
-    from capkv_local.cache import KVCacheStats
+from capkv_local.cli.results import numbers
 
 
 @click.command("ask", short_help="Ask one question about documents; for scripts.")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@files_argument
 @click.argument("question", metavar="QUESTION")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@json_option
 @max_tokens_option
 @model_options
 def ask_command(
@@ -53,10 +52,11 @@ def ask_command(
 
     \b
     The JSON object:
-      {"answer": ..., "model": path, "policy": name, "allocation": name, "budget": cells per head,
-       "tokens": tokens read, "seconds": {"load", "read", "answer", "decode", "score",
-       "select", "evict"}, "kv": {"cells", "cells_max", "cells_range", "bytes", "bytes_full",
-       "observe_bytes", "evictions", "cells_evicted"}}
+      {"answer": ..., "model": path, "policy": name, "allocation": name,
+       "budget": cells per head, "tokens": tokens read,
+       "seconds": {"load", "read", "answer", "decode", "score", "select",
+       "evict"}, "kv": {"cells", "cells_max", "cells_range", "bytes",
+       "bytes_full", "observe_bytes", "evictions", "cells_evicted"}}
     """
     if not question.strip():
         raise click.UsageError("the question is empty")
@@ -87,31 +87,5 @@ def ask_command(
         }
         model = str(session.llama.model_path)
         tokens = report.tokens if report is not None else before.n_tokens
-        result = {"answer": answer, "model": model, **_numbers(session.stats(), tokens, seconds)}
+        result = {"answer": answer, "model": model, **numbers(session.stats(), tokens, seconds)}
         click.echo(json.dumps(result))
-
-
-def _numbers(stats: KVCacheStats, tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
-    native = {
-        "decode": stats.t_decode_s,
-        "score": stats.t_score_s,
-        "select": stats.t_select_s,
-        "evict": stats.t_evict_s,
-    }
-    return {
-        "policy": stats.policy,
-        "allocation": stats.allocation,
-        "budget": stats.budget,
-        "tokens": tokens,
-        "seconds": {name: round(value, 4) for name, value in (seconds | native).items()},
-        "kv": {
-            "cells": stats.n_cells,
-            "cells_max": stats.n_cells_max,
-            "cells_range": list(stats.n_cells_range),
-            "bytes": stats.kv_bytes,
-            "bytes_full": stats.kv_bytes_full,
-            "observe_bytes": stats.observe_bytes,
-            "evictions": stats.evictions,
-            "cells_evicted": stats.cells_evicted,
-        },
-    }

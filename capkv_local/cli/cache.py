@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capkv_local.cli.common import (
-    ModelOptions,
-    Sources,
-    debug_option,
-    ingest,
-    one_line,
-    open_chat,
-)
+from capkv_local.cli.common import ModelOptions, Sources, ingest, json_option, open_chat
 from capkv_local.cli.display import count, size
+from capkv_local.cli.guard import debug_option, one_line
+from capkv_local.cli.names import complete_kept
 from capkv_local.errors import CapKVError, StateError
 
 if TYPE_CHECKING:
@@ -26,9 +21,8 @@ if TYPE_CHECKING:
 
 cache_option = click.option(
     "--cache/--no-cache",
-    envvar="CAPKV_CACHE",
     help="Keep what is read on the disk, text included, and open it at once the next time; "
-    "`capkv cache` shows and deletes it. [default: no; CAPKV_CACHE=1 in the environment: yes]",
+    "`capkv cache` shows and deletes it. [default: no]",
 )
 
 
@@ -91,7 +85,7 @@ def cache_group() -> None:
 
 
 @cache_group.command("ls", short_help="List what is kept.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@json_option
 @debug_option
 def ls_command(as_json: bool) -> None:
     """List what is kept, what was used last first, and how much room it takes.
@@ -100,6 +94,11 @@ def ls_command(as_json: bool) -> None:
     Examples:
       capkv cache ls
       capkv cache ls --json | jq '.snapshots[].documents'
+
+    \b
+    The JSON object, sizes in bytes:
+      {"folder", "bytes", "bytes_max", "snapshots": [{"name", "bytes",
+       "last_used", "tokens", "model" (null: damaged), "documents": [names]}]}
     """
     from capkv_local.snapshot_cache import SnapshotCache
 
@@ -141,16 +140,22 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 
 @cache_group.command("rm", short_help="Delete what is kept.")
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_kept)
 @click.option("--all", "all_", is_flag=True, help="Delete everything that is kept.")
+@json_option
 @debug_option
-def rm_command(names: tuple[str, ...], all_: bool) -> None:
+def rm_command(names: tuple[str, ...], all_: bool, as_json: bool) -> None:
     """Delete what is kept under each NAME, of which the beginning is enough.
 
     \b
     Examples:
       capkv cache rm 3f2a
       capkv cache rm --all
+      capkv cache rm --all --json | jq .bytes
+
+    \b
+    The JSON object:
+      {"deleted": [names], "bytes": freed}
     """
     from capkv_local.snapshot_cache import SnapshotCache
 
@@ -158,5 +163,8 @@ def rm_command(names: tuple[str, ...], all_: bool) -> None:
         raise click.UsageError("give the names to delete (capkv cache ls), or --all")
     kept = SnapshotCache()
     gone = kept.clear() if all_ else kept.remove(names)
-    freed = size(sum(entry.n_bytes for entry in gone))
-    click.echo(f"deleted {count(len(gone), 'snapshot')} ({freed})")
+    freed = sum(entry.n_bytes for entry in gone)
+    if as_json:
+        click.echo(json.dumps({"deleted": [entry.name for entry in gone], "bytes": freed}))
+    else:
+        click.echo(f"deleted {count(len(gone), 'snapshot')} ({size(freed)})")

@@ -17,13 +17,16 @@ from capkv_local.cli.cache import cache_option, open_and_read
 from capkv_local.cli.common import (
     ModelOptions,
     budget_value,
+    files_argument,
+    json_option,
     max_tokens_option,
     model_options,
-    one_line,
     read_sources,
     session_path,
 )
-from capkv_local.cli.display import budget_text, is_fancy, size, stats_text, stream_answer
+from capkv_local.cli.display import budget_text, size, stats_text, stream_answer
+from capkv_local.cli.guard import one_line
+from capkv_local.cli.prompt import KEYS_HELP, history_option, question_reader
 from capkv_local.errors import CapKVError
 
 if TYPE_CHECKING:
@@ -31,17 +34,25 @@ if TYPE_CHECKING:
 
 
 @click.command("chat", short_help="Talk with documents, or go on with a saved session.")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@files_argument
 @click.option(
     "--forget",
     is_flag=True,
     help="Drop each question and its answer: every question meets the document alone.",
 )
 @cache_option
+@history_option
+@json_option
 @max_tokens_option
 @model_options
 def chat_command(
-    files: tuple[str, ...], forget: bool, cache: bool, max_tokens: int, options: ModelOptions
+    files: tuple[str, ...],
+    forget: bool,
+    cache: bool,
+    history: bool,
+    as_json: bool,
+    max_tokens: int,
+    options: ModelOptions,
 ) -> None:
     """Read each FILE, then answer what you ask about them.
 
@@ -49,7 +60,8 @@ def chat_command(
     these; one that ends in .capkv is a snapshot, or a session saved with /save, and goes on where
     it was. Ctrl-C while reading keeps what was read, during an answer it stops the answer, and
     twice at the prompt it quits. At the prompt, /help lists what else can be done. Questions may
-    also come from a pipe, one a line.
+    also come from a pipe, one a line (a backslash at its end goes on with the next). When one of
+    them failed, the exit code is 1 at the end.
 
     The conversation has cells of its own and takes none from the document. When they run out,
     what matters least in it goes; with --forget each question meets the document alone.
@@ -63,50 +75,32 @@ def chat_command(
       capkv chat report.capkv
       capkv chat report.pdf --cache
       capkv chat report.pdf --forget < questions.txt > answers.txt
+      capkv chat report.pdf --json < questions.txt | jq -r .answer
+
+    \b
+    With --json there is one object a line for each question or command:
+      {"question": ..., "answer": ..., "stopped": by Ctrl-C, "policy",
+       "allocation", "budget", "tokens", "seconds": {"answer", ...},
+       "kv": {...}}, as in `capkv ask --help`; {"command": ..., "output": text};
+      what failed has "error": text instead of answer or output
     """
     if "-" in files:
         raise click.UsageError(
             "chat reads your questions from standard input; give the document as a file, "
             'or use: capkv ask - "QUESTION"'
         )
+    reader = question_reader(completions, on_disk=history)
     sources = read_sources(files)
     with contextlib.closing(open_and_read(sources, options, cache=cache)) as session:
         if forget:
             session.set_keep_turns(False)
         interactive = sys.stdin.isatty()
         if interactive:
-            click.echo(f"Ask about {sources.title}. /help lists the commands.", err=True)
-        conversation = Conversation(session, line_reader(), max_tokens)
+            click.echo(f"Ask about {sources.title}. /help lists commands and keys.", err=True)
+        conversation = conversation_type(as_json)(session, reader, max_tokens)
         conversation.run(interactive=interactive)
     if conversation.failed and not interactive:
         click.get_current_context().exit(1)
-
-
-def line_reader() -> Callable[[], str]:
-    """Return what reads a line: with editing and history on a terminal, plain from a pipe.
-
-    The history is kept in memory only: questions about private documents stay off the disk.
-    """
-    if not sys.stdin.isatty():
-        return input
-    if not is_fancy(sys.stdout):
-
-        def prompted() -> str:
-            click.echo("> ", nl=False, err=True)
-            return input()
-
-        return prompted
-
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import InMemoryHistory
-
-    prompt: PromptSession[str] = PromptSession(
-        history=InMemoryHistory(),
-        completer=WordCompleter(sorted(COMMANDS), sentence=True),
-        complete_while_typing=False,
-    )
-    return lambda: prompt.prompt("> ")
 
 
 @dataclass
@@ -183,6 +177,25 @@ class Conversation:
         COMMANDS[name].run(self.session, argument.strip())
 
 
+def conversation_type(as_json: bool) -> type[Conversation]:
+    """Return what holds the conversation."""
+    if not as_json:
+        return Conversation
+    from capkv_local.cli.chat_json import JsonConversation
+
+    return JsonConversation
+
+
+def completions() -> list[str]:
+    """Return what Tab completes at the prompt: commands, and the names they take."""
+    from capkv_local.allocate import ALLOCATORS
+    from capkv_local.policies import policy_names
+
+    names = [f"/policy {name}" for name in policy_names()]
+    names += [f"/allocation {name}" for name in ALLOCATORS]
+    return [*sorted(COMMANDS), "/quit", "/keep on", "/keep off", *names]
+
+
 # ---- slash commands ----------------------------------------------------------------------------
 
 
@@ -246,7 +259,9 @@ def _help(session: DocumentChat, argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     for command in COMMANDS.values():
         click.echo(f"{command.usage:<{width}}  {command.help}")
-    click.echo(f"{'/quit':<{width}}  leave (as Ctrl-D does)")
+    click.echo(f"{'/quit':<{width}}  leave (as Ctrl-D does)\n")
+    for key, what in KEYS_HELP.items():
+        click.echo(f"{key:<{width}}  {what}")
 
 
 @dataclass(frozen=True)

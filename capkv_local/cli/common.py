@@ -1,18 +1,18 @@
-"""What the verbs share: the model options, error handling, and opening files and sessions."""
+"""What the verbs share: the model options, and opening files and sessions."""
 
 from __future__ import annotations
 
 import functools
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from capkv_local.cli import display
+from capkv_local.cli.guard import debug_option, one_line
+from capkv_local.cli.names import complete_allocations, complete_files, complete_policies
 from capkv_local.errors import CapKVError, ContextOverflow
 
 if TYPE_CHECKING:
@@ -22,47 +22,6 @@ if TYPE_CHECKING:
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 SESSION_SUFFIX = ".capkv"
-
-_DEBUG = "capkv_local.debug"  # key in click's context, shared between the group and its verbs
-
-
-class GuardedGroup(click.Group):
-    """A group that turns every error of a verb into one line and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        tolerant_streams()
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click prints and exits for these itself
-        except KeyboardInterrupt:
-            click.echo("\ncapkv: stopped", err=True)
-            ctx.exit(130)
-        except CapKVError as error:
-            _fail(ctx, one_line(error))
-        except MemoryError:
-            _fail(ctx, "not enough memory; lower --budget or --n-ctx, or close other programs")
-        except Exception as error:
-            _fail(ctx, f"internal error: {type(error).__name__}: {one_line(error)} (see --debug)")
-
-
-def _fail(ctx: click.Context, message: str) -> NoReturn:
-    if ctx.meta.get(_DEBUG):
-        traceback.print_exc()
-    click.echo(f"capkv: error: {message}", err=True)
-    ctx.exit(1)
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def tolerant_streams() -> None:
-    """Make odd characters in answers and questions replaceable instead of fatal."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -110,19 +69,13 @@ class ModelOptions:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    ctx.meta[_DEBUG] = value
-
-
 _CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
-_TYPES_HELP = f"one of {', '.join(CACHE_TYPES)}."
-debug_option = click.option(
-    "--debug",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_set_debug,
-    help="Show the trace of an error.",
+_TYPES_HELP = f"one of {', '.join(CACHE_TYPES)}. [default: f16]"
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+)
+files_argument = click.argument(
+    "files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_files
 )
 max_tokens_option = click.option(
     "--max-tokens",
@@ -142,6 +95,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--policy",
         "kv_policy",
         metavar="NAME",
+        shell_complete=complete_policies,
         help="What decides which cells stay; `capkv doctor` lists them. [default: capkv]",
     ),
     click.option(
@@ -157,6 +111,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--allocation",
         "kv_allocation",
         metavar="NAME",
+        shell_complete=complete_allocations,
         help="How heads share the budget: uniform, pyramid, adaptive-layer or global. "
         "[default: what suits the policy]",
     ),
@@ -179,7 +134,8 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--n-ctx",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Tokens that document and conversation may have together.",
+        help="Tokens that document and conversation may have together. "
+        "[default: what the model was trained with]",
     ),
     click.option(
         "--room",
@@ -190,7 +146,11 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "questions, and to keep more of what was said. [default: 256]",
     ),
     click.option(
-        "--threads", "n_threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."
+        "--threads",
+        "n_threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="CPU threads. [default: all]",
     ),
     click.option(
         "--gpu-layers",
@@ -203,8 +163,15 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option(
         "--type-v", type=_CACHE_TYPE, metavar="TYPE", help=f"Cached values: {_TYPES_HELP}"
     ),
-    click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed for sampling."),
-    click.option("-v", "--verbose", is_flag=True, help="Show what llama.cpp logs."),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Seed for sampling. [default: random]",
+    ),
+    click.option(
+        "-v", "--verbose", is_flag=True, help="Show what llama.cpp logs, on standard error."
+    ),
     debug_option,
 )
 
@@ -310,7 +277,9 @@ def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
 
     with display.waiting("loading the model"):
         if sources.session is not None:
-            return DocumentChat.load(sources.session, **options.keywords())
+            from capkv_local.cli.defaults import for_session
+
+            return DocumentChat.load(sources.session, **for_session(options).keywords())
         return DocumentChat(**options.keywords())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from capkv_local import __version__
-from capkv_local.cli.common import debug_option, one_line
+from capkv_local.cli.guard import debug_option, one_line
 from capkv_local.errors import CapKVError
 
 
@@ -29,6 +30,12 @@ def doctor_command(as_json: bool) -> None:
     Examples:
       capkv doctor
       capkv doctor --json | jq .devices
+
+    \b
+    The JSON object:
+      {"library", "patched", "abi", "features", "devices", "system_info",
+       "policies", "config", "default_model", "versions": {...},
+       "problems": [one sentence each]}
     """
     report = examine()
     if as_json:
@@ -70,9 +77,11 @@ def examine() -> dict[str, Any]:
     except (CapKVError, ImportError) as error:
         problems.append(f"the policies cannot be loaded: {one_line(error)}")
     try:
+        from capkv_local.cli.defaults import CONFIG_VARIABLE, config_path, configured_model
         from capkv_local.models import default_model
 
-        report["default_model"] = str(default_model())
+        report["config"] = os.environ.get(CONFIG_VARIABLE) or str(config_path())
+        report["default_model"] = str(configured_model() or default_model())
     except (CapKVError, ImportError) as error:
         problems.append(one_line(error))
     report["versions"] = _versions()  # after the import above, which may tell more
@@ -99,6 +108,7 @@ _LABELS = {
     "abi": "eviction ABI",
     "system_info": "system",
     "default_model": "default model",
+    "config": "configuration",
     "cache_dir": "cache folder",
 }
 

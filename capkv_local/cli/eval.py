@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from capkv_local.cli.common import CACHE_TYPES, debug_option
+from capkv_local.cli.common import CACHE_TYPES, json_option
 from capkv_local.cli.display import step_progress
+from capkv_local.cli.guard import debug_option
 
 if TYPE_CHECKING:
     from capkv_local.evaluate.run import Plan
@@ -30,21 +33,30 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     "methods",
     multiple=True,
     metavar="NAME",
-    help="policy[:field=value,...][@allocation][+probe], or bm25; repeat for more. "
+    help="policy, policy:field=value,..., either with @allocation and +probe behind it, or bm25; "
+    "repeat for more. "
     "[default: capkv and its peers]",
 )
 @click.option(
     "--share",
     "shares",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="0.25",
     multiple=True,
     help="Share of the cells to keep; repeat for more. [default: 0.5 0.25 0.125]",
 )
-@click.option("--task", "tasks", type=click.Choice(TASKS), multiple=True, help="Repeat for more.")
+@click.option(
+    "--task",
+    "tasks",
+    type=click.Choice(TASKS),
+    multiple=True,
+    help="What is measured; repeat for more. [default: all]",
+)
 @click.option(
     "--tokens",
     "n_tokens",
     type=click.IntRange(min=256),
+    metavar="N",
     multiple=True,
     help="Length of the texts; repeat for more. [default: 2048]",
 )
@@ -69,7 +81,13 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     multiple=True,
     help="Type of K and V; repeat for more. [default: f16]",
 )
-@click.option("--cases", "n_cases", type=click.IntRange(min=1), help="Texts per task. [default: 8]")
+@click.option(
+    "--cases",
+    "n_cases",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Texts per task. [default: 8]",
+)
 @click.option(
     "--split",
     type=click.Choice(("report", "tuning")),
@@ -88,8 +106,17 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     help="Instead, compare our policies with kvpress's, score by score on the same weights "
     "(needs capkv-local[kvpress]).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is cut and planted.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all]")
+@click.option(
+    "--seed",
+    type=int,
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of what is cut and planted.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads. [default: all]"
+)
 @click.option(
     "--out",
     "-o",
@@ -98,8 +125,9 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     show_default=True,
     help="Folder of results and report; a run that was stopped goes on there.",
 )
+@json_option
 @debug_option
-def eval_command(quick: bool, kvpress: bool, out: Path, **settings: Any) -> None:
+def eval_command(quick: bool, kvpress: bool, out: Path, as_json: bool, **settings: Any) -> None:
     """Compress the cache of real texts in many ways and measure what is left.
 
     KL is between the predictions of the full and of the small cache, over the text that follows
@@ -112,29 +140,41 @@ def eval_command(quick: bool, kvpress: bool, out: Path, **settings: Any) -> None
     \b
     Examples:
       capkv eval --quick
-      capkv eval --method capkv --method snapkv --method capkv:noise=0.1+probe --cases 4
-      capkv eval --question seen --method capkv --method bm25 --task facts --task qa
-      capkv eval --kv-type f16 --kv-type q8_0 --kv-type q4_0 --method full --method capkv
+      capkv eval --method capkv --method snapkv --method capkv:noise=0.1+probe
+      capkv eval --question seen --method capkv --method bm25 --task qa
+      capkv eval --kv-type f16 --kv-type q4_0 --method full --method capkv
+      capkv eval --quick --json | jq -r .report
+
+    \b
+    The JSON object:
+      {"results": path of the .jsonl with all numbers, "csv": path,
+       "report": path, "tables" as printed: [{"title", "label", "columns",
+       "sections": [{"heading", "rows"}]}]}; with --kvpress {"agreements": [...]}
     """
     from capkv_local.evaluate.plans import make_plan
     from capkv_local.evaluate.records import Results
     from capkv_local.evaluate.report import write_report
-    from capkv_local.evaluate.report.table import print_tables
+    from capkv_local.evaluate.report.table import print_tables, tables
     from capkv_local.evaluate.run import run
 
     plan = make_plan(quick=quick, **settings)
     if kvpress:
-        _check_with_kvpress(plan)
+        _check_with_kvpress(plan, as_json)
         return
     results = Results(out / "results.jsonl")
     with step_progress() as progress:
         run(plan, results, progress)
     page = write_report(results.path, out)
-    print_tables(results.read().records)
+    records = results.read().records
+    if as_json:
+        files = {"results": results.path, "csv": out / "results.csv", "report": page}
+        click.echo(json.dumps({**files, "tables": tables(records)}, default=str))
+        return
+    print_tables(records)
     click.echo(f"report: {page}", err=True)
 
 
-def _check_with_kvpress(plan: Plan) -> None:
+def _check_with_kvpress(plan: Plan, as_json: bool) -> None:
     from capkv_local.evaluate.crosscheck import crosscheck, print_agreements
 
     texts = plan.read_texts()
@@ -145,4 +185,7 @@ def _check_with_kvpress(plan: Plan) -> None:
         for model in plan.models
         for agreement in crosscheck(model, chosen, threads=plan.threads)
     ]
-    print_agreements(found)
+    if as_json:
+        click.echo(json.dumps({"agreements": [asdict(one) for one in found]}, default=str))
+    else:
+        print_agreements(found)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capkv_local.cli.common import debug_option
 from capkv_local.cli.display import size
+from capkv_local.cli.guard import debug_option
 
 if TYPE_CHECKING:
     from capkv_local.advice import Advice, BudgetFit, TypeFit
@@ -102,9 +102,10 @@ def plan_command(model: Path | None, memory: int | None, n_ctx: int | None, as_j
     \b
     The JSON object, sizes in bytes by what they are for:
       {"model": {...}, "memory", "context", "warnings": [...],
-       "types": [{"type", "bytes_per_token", "whole", "largest_context", "largest_budget"}],
-       "budgets_type", "budgets": [{"budget", "need", "fits", "measured"}],
-       "take": {"type", "budget" (null: all cells), "need", "command"} or null,
+       "types": [{"type", "bytes_per_token", "whole", "largest_context",
+       "largest_budget"}], "budgets_type",
+       "budgets": [{"budget", "need", "fits", "measured"}],
+       "take": {"type", "budget" (null: all), "need", "command"} or null,
        "least": the smallest cache that there is}
     """
     from capkv_local.advice import advise

@@ -7,144 +7,19 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from capkv_local.cli import chat as chat_verb
-from capkv_local.cli import main
 from capkv_local.cli.common import budget_value
 from capkv_local.cli.display import count, duration, progress_text, size, stream_answer
-from capkv_local.errors import BudgetError, ModelFileError, NativeBuildMissing, PolicyError
+from capkv_local.errors import NativeBuildMissing
+from tests.unit.fake_chat import FakeChat, Run
 
 DATA = Path(__file__).parent.parent / "data"
 TXT, PDF = str(DATA / "harbour.txt"), str(DATA / "harbour.pdf")
-
-
-class FakeChat:
-    """What the commands need of DocumentChat, with a note of every call."""
-
-    calls: list[tuple[str, Any]]
-    interrupt_ingest_at: int | None = None  # tokens after which Ctrl-C comes
-    interrupt_answer = False
-
-    def __init__(self, **keywords: Any) -> None:
-        self.calls.append(("open", keywords))
-        if str(keywords.get("model", "")).startswith("missing"):
-            raise ModelFileError("there is no model 'missing.gguf'; check --model")
-        if keywords.get("model") == Path("broken.gguf"):
-            raise ZeroDivisionError("oops")
-        self.llama = types.SimpleNamespace(model_path="/models/small.gguf")
-        self.policy, self.budget, self.allocation = "capkv", 2048, "global"
-        self.extra: dict[str, Any] = {}
-
-    @classmethod
-    def load(cls, path: Path, **keywords: Any) -> FakeChat:
-        cls.calls.append(("load", path))
-        return cls(**keywords)
-
-    def ingest(
-        self, documents: Any, *, question: str | None = None, progress: Any = None
-    ) -> types.SimpleNamespace:
-        self.calls.append(("ingest", [d.name for d in documents]))
-        self.calls.append(("question", question))
-        total = 1000
-        for done in range(0, total + 1, 100):
-            state = {"n_cells": min(done, 64), "kv_bytes": min(done, 64) * 1024}
-            if done == self.interrupt_ingest_at:
-                return types.SimpleNamespace(tokens=done, seconds=1.0, complete=False, **state)
-            if progress is not None and done:
-                seconds = done / 100
-                counted = {"done": done, "total": total, "estimated": False}
-                progress(
-                    types.SimpleNamespace(seconds=seconds, rss_bytes=1 << 30, **counted, **state)
-                )
-        return types.SimpleNamespace(tokens=total, seconds=10.0, complete=True, **state)
-
-    def ask(self, question: str, *, max_tokens: int = 512) -> Iterator[str]:
-        self.calls.append(("ask", (question, max_tokens)))
-        yield from ("\n The", " code ", "is 48", "213.", " \n")
-        if self.interrupt_answer:
-            raise KeyboardInterrupt
-
-    def set_budget(self, value: Any) -> None:
-        if not isinstance(value, int):
-            raise BudgetError(f"the budget {value!r} cannot\nbe read; give cells")
-        self.budget = value
-
-    def set_policy(self, name: str) -> None:
-        if name != "knorm":
-            raise PolicyError(f"there is no policy {name!r}; did you mean 'knorm'?")
-        self.policy = name
-
-    def set_allocation(self, name: str) -> None:
-        self.allocation = name
-
-    keep_turns = True
-
-    def set_keep_turns(self, keep: bool) -> None:
-        self.calls.append(("keep", keep))
-        self.keep_turns = keep
-
-    def forget(self) -> None:
-        self.calls.append(("forget", None))
-
-    def stats(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(
-            policy=self.policy,
-            allocation=self.allocation,
-            budget=self.budget,
-            n_tokens=1000,
-            n_cells=64,
-            n_cells_max=576,
-            n_cells_range=(30, 120),
-            kv_bytes=65536,
-            kv_bytes_full=1024000,
-            observe_bytes=2048,
-            n_protected=900,
-            n_cells_protected=50,
-            n_cells_conversation=526,
-            copy_bytes=4096,
-            evictions=3,
-            cells_evicted=936,
-            t_score_s=0.1,
-            t_select_s=0.2,
-            t_evict_s=0.3,
-            t_decode_s=4.0,
-        )
-
-    def save(self, path: Path) -> int:
-        return Path(path).write_bytes(b"session")
-
-    def close(self) -> None:
-        self.calls.append(("close", None))
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeChat]:
-    """A fresh stand-in, in the place of capkv_local.chat."""
-
-    class Fake(FakeChat):
-        calls: list[tuple[str, Any]] = []  # noqa: RUF012
-
-    module = types.ModuleType("capkv_local.chat")
-    module.DocumentChat = Fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "capkv_local.chat", module)
-    return Fake
-
-
-@pytest.fixture
-def run() -> Run:
-    def invoke(*args: str, stdin: str | bytes | None = None) -> Result:
-        return CliRunner().invoke(main, args, input=stdin, prog_name="capkv")
-
-    return invoke
 
 
 # ---- the group ---------------------------------------------------------------------------------
@@ -587,7 +462,7 @@ def test_stream_answer(capsys: pytest.CaptureFixture[str], pieces: list[str], sh
 
 def test_answer_survives_a_narrow_encoding() -> None:
     code = (
-        "from capkv_local.cli.common import tolerant_streams\n"
+        "from capkv_local.cli.guard import tolerant_streams\n"
         "from capkv_local.cli.display import stream_answer\n"
         "tolerant_streams(); stream_answer(['5 \\u20ac'])"
     )

@@ -24,6 +24,7 @@ from capkv_local.evaluate.report.cells import Cells
 from capkv_local.evaluate.report.findings import losses, verdicts
 from capkv_local.evaluate.report.grid import mark_best, setting_grids
 from capkv_local.evaluate.report.measures import KL, RECALL
+from capkv_local.evaluate.report.table import tables
 from capkv_local.evaluate.statistics import compare, mean, recall, relative, summarise
 
 
@@ -332,6 +333,14 @@ def test_full_f16_is_known_from_the_others() -> None:
     assert [s.full for s in grid.sections if s.title.startswith("recall, % ↑")] == [
         "100.0 with f16"
     ]  # fmt: skip
+
+
+def test_tables_as_json() -> None:
+    (table, *_) = json.loads(json.dumps(tables(synthetic())))
+    assert table.keys() >= {"title", "label", "columns", "sections"}
+    rows = dict(table["sections"][0]["rows"])
+    assert "capkv" in " ".join(rows)
+    assert any(cell["mark"] == "best" for row in rows.values() for cell in row)
 
 
 def test_tables_for_pipes_are_plain() -> None:

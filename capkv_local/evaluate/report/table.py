@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import IO
+from dataclasses import asdict
+from typing import IO, Any
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -14,7 +15,7 @@ from capkv_local.evaluate.records import Record
 from capkv_local.evaluate.report.cells import Cells
 from capkv_local.evaluate.report.grid import LEGEND, Cell, Grid, headline_grid, setting_grids
 
-__all__ = ["make_console", "markdown", "print_tables"]
+__all__ = ["make_console", "markdown", "print_tables", "tables"]
 
 _PLAIN_WIDTH = 120
 
@@ -50,6 +51,17 @@ def print_tables(
     for _, grid in setting_grids(cells, extra=extra):
         console.print(_rich(grid))
     console.print(Text(LEGEND, style="dim"))
+
+
+def tables(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Return what :func:`print_tables` prints, for JSON.
+
+    Raises
+    ------
+    EvaluationError
+        If there are no records.
+    """
+    return [asdict(grid) for _, grid in setting_grids(Cells(list(records)))]
 
 
 def markdown(records: Iterable[Record], *, headline: bool = False, extra: bool = False) -> str:
