@@ -58,16 +58,17 @@ def inspect_command(
     Examples:
       capkv inspect report.pdf --budget 1024
       capkv inspect book.capkv -o book.html
-      capkv inspect report.pdf -o report.html --question "Who signed the contract?"
+      capkv inspect report.pdf -o page.html --question "Who signed it?"
       capkv inspect book.capkv --json | jq '.passages[-1]'
 
     \b
     The JSON object:
       {"model", "policy", "allocation", "budget", "tokens", "tokens_held_by_none",
        "cells": [[cells of each head] of each layer], "bytes", "bytes_full",
-       "passages": [{"first", "last", "source", "share", "text"}], most held first,
+       "passages": [{"first", "last", "source", "share", "text"}], best first,
        "question": {"text", "lost_share", "lost_by_head", "why_not",
-                    "tokens": [{"position", "text", "source", "heads", "attended", "lost"}],
+                    "tokens": [{"position", "text", "source", "heads",
+                              "attended", "lost"}],
                     "passages": [...]} or null}
     """
     if question is not None and not question.strip():
