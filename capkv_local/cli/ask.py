@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from capkv_local.cli.citing import cite_option, show_citations
 from capkv_local.cli.common import (
     ModelOptions,
     ingest,
@@ -30,10 +31,16 @@ if TYPE_CHECKING:
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.argument("question", metavar="QUESTION")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@cite_option
 @max_tokens_option
 @model_options
 def ask_command(
-    files: tuple[str, ...], question: str, as_json: bool, max_tokens: int, options: ModelOptions
+    files: tuple[str, ...],
+    question: str,
+    as_json: bool,
+    cite: bool,
+    max_tokens: int,
+    options: ModelOptions,
 ) -> None:
     """Read each FILE and answer the QUESTION, which is its last argument.
 
@@ -50,6 +57,7 @@ def ask_command(
       capkv ask book.capkv "Who is the murderer?"
       git log | capkv ask - "Which release broke the build?"
       capkv ask report.pdf "How many pages?" --json | jq .answer
+      capkv ask report.pdf "Who signed the contract?" --cite
 
     \b
     The JSON object:
@@ -57,6 +65,9 @@ def ask_command(
        "tokens": tokens read, "seconds": {"load", "read", "answer", "decode", "score",
        "select", "evict"}, "kv": {"cells", "cells_max", "cells_range", "bytes", "bytes_full",
        "observe_bytes", "evictions", "cells_evicted"}}
+    With --cite also "citations", the strongest first, empty if no passage stands out:
+      [{"document": name, "page": [first, last] (or "line", "chapter", "section", "paragraph"),
+       "title": of a chapter, "share": 0 to 1, "quote": ...}]
     """
     if not question.strip():
         raise click.UsageError("the question is empty")
@@ -70,6 +81,7 @@ def ask_command(
         options = replace(options, kv_observe="tail")  # the question is known: nothing to probe for
     start = time.perf_counter()
     with contextlib.closing(open_chat(sources, options)) as session:
+        session.set_cite(cite)
         loaded = time.perf_counter()
         # Ctrl-C raises here: a script must not take a part of the text for the whole.
         report = ingest(session, sources, question=question, quiet=not sys.stderr.isatty())
@@ -78,6 +90,8 @@ def ask_command(
         pieces = session.ask(question, max_tokens=max_tokens)
         if not as_json:
             stream_answer(pieces)
+            if cite:
+                show_citations(session.citations())
             return
         answer = "".join(pieces).strip()
         seconds = {
@@ -88,6 +102,8 @@ def ask_command(
         model = str(session.llama.model_path)
         tokens = report.tokens if report is not None else before.n_tokens
         result = {"answer": answer, "model": model, **_numbers(session.stats(), tokens, seconds)}
+        if cite:
+            result["citations"] = [citation.to_json() for citation in session.citations()]
         click.echo(json.dumps(result))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from capkv_local.cli.cache import cache_option, open_and_read
+from capkv_local.cli.citing import cite_option, show_citations
 from capkv_local.cli.common import (
     ModelOptions,
     budget_value,
@@ -37,11 +38,17 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Drop each question and its answer: every question meets the document alone.",
 )
+@cite_option
 @cache_option
 @max_tokens_option
 @model_options
 def chat_command(
-    files: tuple[str, ...], forget: bool, cache: bool, max_tokens: int, options: ModelOptions
+    files: tuple[str, ...],
+    forget: bool,
+    cite: bool,
+    cache: bool,
+    max_tokens: int,
+    options: ModelOptions,
 ) -> None:
     """Read each FILE, then answer what you ask about them.
 
@@ -63,6 +70,7 @@ def chat_command(
       capkv chat report.capkv
       capkv chat report.pdf --cache
       capkv chat report.pdf --forget < questions.txt > answers.txt
+      capkv chat report.pdf notes.docx --cite
     """
     if "-" in files:
         raise click.UsageError(
@@ -73,6 +81,7 @@ def chat_command(
     with contextlib.closing(open_and_read(sources, options, cache=cache)) as session:
         if forget:
             session.set_keep_turns(False)
+        session.set_cite(cite)
         interactive = sys.stdin.isatty()
         if interactive:
             click.echo(f"Ask about {sources.title}. /help lists the commands.", err=True)
@@ -161,6 +170,8 @@ class Conversation:
             else:
                 pieces = self.session.ask(line, max_tokens=self.max_tokens)
                 stream_answer(pieces)
+                if self.session.cite:
+                    show_citations(self.session.citations())
                 click.echo()
         except KeyboardInterrupt:
             click.echo("\n(stopped)", err=True)
@@ -223,6 +234,17 @@ def _keep(session: DocumentChat, argument: str) -> None:
         click.echo("keep: off, each question meets the document alone")
 
 
+def _cite(session: DocumentChat, argument: str) -> None:
+    if argument not in ("", "on", "off"):
+        raise CapKVError(f"/cite {argument}: it is either on or off")
+    if argument:
+        session.set_cite(argument == "on")
+    if session.cite:
+        click.echo("cite: on, the passages that an answer looked at most are named below it")
+    else:
+        click.echo("cite: off")
+
+
 def _forget(session: DocumentChat, argument: str) -> None:
     session.forget()
     click.echo("forgotten: the next question meets the document alone")
@@ -264,6 +286,7 @@ COMMANDS = {
         "/allocation NAME", "choose how heads share the budget, from the next eviction", _allocation
     ),
     "/keep": _Command("/keep on|off", "keep questions and answers, or drop them at once", _keep),
+    "/cite": _Command("/cite on|off", "name the passages that answers looked at most", _cite),
     "/forget": _Command("/forget", "drop the questions and answers so far", _forget),
     "/save": _Command("/save PATH", "save this session to a .capkv file", _save),
     "/help": _Command("/help", "show this list", _help),
