@@ -78,10 +78,9 @@ def chat_command(
             'or use: capkv ask - "QUESTION"'
         )
     sources = read_sources(files)
-    with contextlib.closing(open_and_read(sources, options, cache=cache)) as session:
+    with contextlib.closing(open_and_read(sources, options, cache=cache, cite=cite)) as session:
         if forget:
             session.set_keep_turns(False)
-        session.set_cite(cite)
         interactive = sys.stdin.isatty()
         if interactive:
             click.echo(f"Ask about {sources.title}. /help lists the commands.", err=True)
