@@ -103,7 +103,7 @@ def test_citing_changes_neither_answers_nor_cells(
 
 def test_what_cannot_be_cited_is_told(document: Path) -> None:
     chat = open_chat(document, kv_policy="knorm", kv_observe="tail", kv_budget=256)
-    with pytest.raises(PolicyError, match="'knorm' observes no queries.*--observe probe"):
+    with pytest.raises(PolicyError, match=r"'knorm' observes no queries.*--observe probe"):
         chat.set_cite(True)
     assert not chat.cite
     ask(chat, FACTS[0][1], 4)
