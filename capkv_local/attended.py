@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from capkv_local.cache import CompactCache
+from capkv_local.citations import Evidence
 from capkv_local.errors import PolicyError
 from capkv_local.llama import Llama
-from capkv_local.native import F32, Stat
+from capkv_local.native import Stat
 
 # Queries that are evaluated together at most, and how many are observed where a policy needs none.
 _QUERIES = 64
@@ -20,7 +21,7 @@ _SINKS = 4
 
 
 class Attended:
-    """Sums what the last queries give to every token that is protected.
+    """Adds up what the queries of an answer give to every token that is protected.
 
     Parameters
     ----------
@@ -33,10 +34,11 @@ class Attended:
     Attributes
     ----------
     evidence
-        Of every protected token, ``[n_protected]``: the squared attention that it got, over all
-        queries, layers and heads. Squares, because a head that looks something up gives it to a
-        few cells, and one that looks for nothing spreads it. Layers with sliding windows are not
-        among them.
+        Of every protected token, ``[n_protected]``: the square of the most attention that it got
+        from any query, summed over all layers and heads (and over every 64 queries of a longer
+        answer). A head that looks something up gives most of its attention to a few cells for one
+        or two queries; what all queries give to cells that are always looked at, a sum over them
+        would favour. Layers with sliding windows are not among them.
 
     Raises
     ------
@@ -48,7 +50,7 @@ class Attended:
         check_observed(llama)
         self._llama = llama
         self._n_seen = n_prompt - 1
-        self.evidence: F32 = np.zeros(llama.n_protected, np.float32)
+        self.evidence: Evidence = np.zeros(llama.n_protected)
         cache = llama._require_cache()
         self._observes = not cache.n_observed  # only now, and only for this
         if self._observes:
@@ -71,12 +73,11 @@ class Attended:
 
     def _add(self, cache: CompactCache, n_queries: int) -> None:
         positions = cache.kv.positions()  # [n_layer, n_head_kv, n_cells]
-        squares = cache.kv.score(Stat.ATTN_SQR, n_cells=positions.shape[-1], n_queries=n_queries)
+        most = cache.kv.score(Stat.ATTN_MAX, n_cells=positions.shape[-1], n_queries=n_queries)
         n = self.evidence.size
-        for layer_positions, layer_squares in zip(positions, squares, strict=True):
-            cells = (layer_positions >= _SINKS) & (layer_positions < n)
-            sums = np.bincount(layer_positions[cells], layer_squares[cells], minlength=n)
-            self.evidence += n_queries * sums.astype(np.float32)
+        for held, attention in zip(positions, most, strict=True):
+            cells = (held >= _SINKS) & (held < n)
+            self.evidence += np.bincount(held[cells], attention[cells] ** 2, minlength=n)
 
 
 def check_observed(llama: Llama) -> None:

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from capkv_local.native import F32
 from capkv_local.sources import Place, Source, SourceMap
+
+Evidence = npt.NDArray[np.float64]
 
 # Tokens that are looked at together: about a sentence. What an answer is taken from is that short,
 # whether the passage is a line or a chapter, so long passages win nothing by their length.
 WINDOW = 16
-# A passage stands out if its best window has this share of all evidence (docs/citations.md).
-STANDS_OUT = 0.1
-# Passages that are named at most.
-N_MOST = 3
+# A passage stands out if its best window has this share of all evidence: so there are at most three
+# that do (docs/citations.md).
+STANDS_OUT = 0.3
 
 _QUOTE_TOKENS = 48  # before and after the window, to find the ends of its sentence
 _QUOTE_WORDS = 16
@@ -95,7 +96,7 @@ class Citation:
         }
 
 
-def rank(evidence: F32, sources: SourceMap, *, n_window: int = WINDOW) -> list[Passage]:
+def rank(evidence: Evidence, sources: SourceMap, *, n_window: int = WINDOW) -> list[Passage]:
     """All passages with any evidence, the one whose best window has most of it first.
 
     Parameters
@@ -110,7 +111,7 @@ def rank(evidence: F32, sources: SourceMap, *, n_window: int = WINDOW) -> list[P
     passages: list[Passage] = []
     total = 0.0
     for tokens, source in sources.ranges(len(evidence)):
-        inside = evidence[tokens.start : tokens.stop].astype(np.float64)
+        inside = evidence[tokens.start : tokens.stop]
         total += inside.sum()
         n = min(n_window, len(inside))
         before = np.concatenate(([0.0], np.cumsum(inside)))
@@ -127,11 +128,10 @@ def rank(evidence: F32, sources: SourceMap, *, n_window: int = WINDOW) -> list[P
 
 
 def cite_passages(
-    evidence: F32,
+    evidence: Evidence,
     sources: SourceMap,
     text: Callable[[range], str],
     *,
-    n_most: int = N_MOST,
     stands_out: float = STANDS_OUT,
 ) -> list[Citation]:
     """The passages that stand out, the strongest first; none if the answer looked everywhere.
@@ -142,22 +142,17 @@ def cite_passages(
         As :func:`rank`.
     text
         Text of tokens.
-    n_most
-        So many at most.
     stands_out
-        Least share of a passage. Others than the first must also have half of the first's.
+        Least share of a passage.
     """
-    passages = rank(evidence, sources)
-    first = passages[0].share if passages else 0.0
-    least = max(stands_out, first / 2)
     return [
         Citation(p.source.document, p.source.place, p.share, quote(p, evidence, text))
-        for p in passages[:n_most]
-        if p.share >= least
+        for p in rank(evidence, sources)
+        if p.share >= stands_out
     ]
 
 
-def quote(passage: Passage, evidence: F32, text: Callable[[range], str]) -> str:
+def quote(passage: Passage, evidence: Evidence, text: Callable[[range], str]) -> str:
     """The sentence with the token that was looked at most; of a long one, the words around it."""
     window, tokens = passage.window, passage.tokens
     peak = window.start + int(evidence[window.start : window.stop].argmax())

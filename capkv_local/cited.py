@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from capkv_local.attended import check_observed
-from capkv_local.citations import Citation, cite_passages
+from capkv_local.citations import Citation, Evidence, cite_passages
 from capkv_local.errors import StateError
-from capkv_local.native import F32
 from capkv_local.sources import SourceMap
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class CitedChat:
             raise StateError("there is no cited answer: set_cite(True), then read one to its end")
         return list(self._citations)
 
-    def _note_citations(self, evidence: F32) -> None:
+    def _note_citations(self, evidence: Evidence) -> None:
         self._citations = cite_passages(evidence, self._sources, self._text)
 
     def _text(self, tokens: range) -> str:

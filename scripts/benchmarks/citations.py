@@ -16,10 +16,9 @@ import llama_cpp
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from capkv_local.chat import DocumentChat
-from capkv_local.citations import Passage, rank
+from capkv_local.citations import Evidence, Passage, rank
 from capkv_local.documents import Document
 from capkv_local.models import default_model
-from capkv_local.native import F32
 
 TEXT = Path(__file__).resolve().parents[2] / "tests" / "data" / "licence.txt"
 
@@ -193,7 +192,7 @@ class WatchedChat(DocumentChat):
 
     passages: list[Passage]
 
-    def _note_citations(self, evidence: F32) -> None:
+    def _note_citations(self, evidence: Evidence) -> None:
         self.passages = rank(evidence, self._sources)
         super()._note_citations(evidence)
 
