@@ -109,7 +109,7 @@ class SourceMap:
     def ranges(self, n_tokens: int) -> Iterator[tuple[range, Source]]:
         """Ranges of the first ``n_tokens`` tokens that have a source, in order."""
         for start, stop, source in zip(
-            self._starts, [*self._starts[1:], n_tokens], self._sources, strict=True
+            self._starts, [*self._starts[1:], n_tokens], self._sources, strict=False
         ):
             tokens = range(start, min(stop, n_tokens))
             if source is not None and tokens:
