@@ -217,12 +217,16 @@ class CompactCache:
 
     def observe(self) -> None:
         """Have the queries observed that the policy needs; what was observed is forgotten."""
-        needs = self.policy.needs
         self.kv.observe(
-            (self.policy.n_window if "queries" in needs else 0) + self.n_probe,
-            mean_query="mean_query" in needs,
+            self.n_observed,
+            mean_query="mean_query" in self.policy.needs,
             n_skip=self.policy.n_sinks,
         )
+
+    @property
+    def n_observed(self) -> int:
+        """Queries that are kept, the last ones."""
+        return (self.policy.n_window if "queries" in self.policy.needs else 0) + self.n_probe
 
     def pause_mean(self, paused: bool) -> None:
         """Keep tokens that are decoded only for their queries out of the mean query."""

@@ -12,7 +12,9 @@ from typing import Any
 import llama_cpp
 
 from capkv_local import native
+from capkv_local.attended import Attended, check_observed
 from capkv_local.cache import KVCacheStats
+from capkv_local.cited import CitedChat
 from capkv_local.documents import Document, DocumentStream
 from capkv_local.errors import ContextOverflow
 from capkv_local.llama import Budget, Llama, Observe
@@ -32,7 +34,7 @@ __all__ = ["DocumentChat", "IngestProgress", "IngestReport"]
 _REPLY_TOKENS = 256
 
 
-class DocumentChat(SavedChat):
+class DocumentChat(SavedChat, CitedChat):
     """A conversation about documents.
 
     Parameters
@@ -217,15 +219,23 @@ class DocumentChat(SavedChat):
             The context has no room for the question behind the document.
         BudgetError
             The conversation's cells do not hold the question.
+        PolicyError
+            Answers are cited, and the policy (since then another) observes no queries.
         """
         llama = self.llama
+        self._citations = None
+        if self._cite:
+            check_observed(llama)
         turn = self._begin_turn(question, min(max_tokens, _REPLY_TOKENS))
         room = llama.n_ctx() - llama.n_tokens - len(turn)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         prompt = [*llama.input_ids[: llama.n_tokens].tolist(), *turn]
         n_answer = 0
+        attended = Attended(llama, len(prompt)) if self._cite else None
         try:
             for token in llama.generate(prompt, temp=temperature):
+                if attended is not None:
+                    attended.look()
                 self._place, self._pending = "answer", [token]
                 if llama_cpp.llama_vocab_is_eog(llama._model.vocab, token):
                     self._pending = []  # the template ends the turn itself
@@ -237,7 +247,12 @@ class DocumentChat(SavedChat):
                     break
             if piece := decoder.decode(b"", final=True):
                 yield piece
+            if attended is not None:
+                attended.look(last=True)
+                self._note_citations(attended.evidence)
         finally:
+            if attended is not None:
+                attended.close()
             if llama.n_tokens >= len(prompt):
                 self._place = "answer"
             if not self._keep_turns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -104,6 +105,15 @@ class SourceMap:
         """Source of a token; None for what comes from no document."""
         i = bisect.bisect_right(self._starts, token) - 1
         return self._sources[i] if i >= 0 else None
+
+    def ranges(self, n_tokens: int) -> Iterator[tuple[range, Source]]:
+        """Ranges of the first ``n_tokens`` tokens that have a source, in order."""
+        for start, stop, source in zip(
+            self._starts, [*self._starts[1:], n_tokens], self._sources, strict=False
+        ):
+            tokens = range(start, min(stop, n_tokens))
+            if source is not None and tokens:
+                yield tokens, source
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads, of JSON's types only; each name is written once."""

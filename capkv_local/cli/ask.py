@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import click
 
+from capkv_local.cli.citing import cite_option, show_citations
 from capkv_local.cli.common import (
     ModelOptions,
     files_argument,
@@ -29,10 +30,16 @@ from capkv_local.cli.results import numbers
 @files_argument
 @click.argument("question", metavar="QUESTION")
 @json_option
+@cite_option
 @max_tokens_option
 @model_options
 def ask_command(
-    files: tuple[str, ...], question: str, as_json: bool, max_tokens: int, options: ModelOptions
+    files: tuple[str, ...],
+    question: str,
+    as_json: bool,
+    cite: bool,
+    max_tokens: int,
+    options: ModelOptions,
 ) -> None:
     """Read each FILE and answer the QUESTION, which is its last argument.
 
@@ -49,6 +56,7 @@ def ask_command(
       capkv ask book.capkv "Who is the murderer?"
       git log | capkv ask - "Which release broke the build?"
       capkv ask report.pdf "How many pages?" --json | jq .answer
+      capkv ask report.pdf "Who signed the contract?" --cite
 
     \b
     The JSON object:
@@ -57,6 +65,10 @@ def ask_command(
        "seconds": {"load", "read", "answer", "decode", "score", "select",
        "evict"}, "kv": {"cells", "cells_max", "cells_range", "bytes",
        "bytes_full", "observe_bytes", "evictions", "cells_evicted"}}
+    With --cite also "citations", best first, empty if no passage stands out:
+      [{"document": name, "page" (or "line", "chapter", "section",
+        "paragraph"): [first, last], "title": of a chapter,
+        "share": 0 to 1, "quote": ...}]
     """
     if not question.strip():
         raise click.UsageError("the question is empty")
@@ -70,6 +82,7 @@ def ask_command(
         options = replace(options, kv_observe="tail")  # the question is known: nothing to probe for
     start = time.perf_counter()
     with contextlib.closing(open_chat(sources, options)) as session:
+        session.set_cite(cite)
         loaded = time.perf_counter()
         # Ctrl-C raises here: a script must not take a part of the text for the whole.
         report = ingest(session, sources, question=question, quiet=not sys.stderr.isatty())
@@ -78,6 +91,8 @@ def ask_command(
         pieces = session.ask(question, max_tokens=max_tokens)
         if not as_json:
             stream_answer(pieces)
+            if cite:
+                show_citations(session.citations())
             return
         answer = "".join(pieces).strip()
         seconds = {
@@ -88,4 +103,6 @@ def ask_command(
         model = str(session.llama.model_path)
         tokens = report.tokens if report is not None else before.n_tokens
         result = {"answer": answer, "model": model, **numbers(session.stats(), tokens, seconds)}
+        if cite:
+            result["citations"] = [citation.to_json() for citation in session.citations()]
         click.echo(json.dumps(result))

@@ -26,7 +26,9 @@ cache_option = click.option(
 )
 
 
-def open_and_read(sources: Sources, options: ModelOptions, *, cache: bool) -> DocumentChat:
+def open_and_read(
+    sources: Sources, options: ModelOptions, *, cache: bool, cite: bool
+) -> DocumentChat:
     """Open the model and have it read the documents, or what was kept of them.
 
     Only documents read from the beginning are kept: a session is a file of its own already, and a
@@ -34,7 +36,7 @@ def open_and_read(sources: Sources, options: ModelOptions, *, cache: bool) -> Do
     """
     a_pipe = any(document.n_bytes is None for document in sources.documents)
     if not cache or a_pipe or sources.session is not None or not sources.documents:
-        return _read(sources, options)[0]
+        return _read(sources, options, cite)[0]
 
     from capkv_local.models import default_model, fingerprint
     from capkv_local.snapshot_cache import SnapshotCache
@@ -48,11 +50,12 @@ def open_and_read(sources: Sources, options: ModelOptions, *, cache: bool) -> Do
         except StateError as error:
             click.echo(f"what was kept cannot be used: {one_line(error)}", err=True)
         else:
+            session.set_cite(cite)
             kept.used(path)
             tokens = count(session.stats().n_tokens, "token")
             click.echo(f"opened {sources.title} as read before: {tokens}", err=True)
             return session
-    session, complete = _read(sources, options)
+    session, complete = _read(sources, options, cite)
     if complete:
         try:
             kept.store(path, session)
@@ -61,10 +64,11 @@ def open_and_read(sources: Sources, options: ModelOptions, *, cache: bool) -> Do
     return session
 
 
-def _read(sources: Sources, options: ModelOptions) -> tuple[DocumentChat, bool]:
+def _read(sources: Sources, options: ModelOptions, cite: bool) -> tuple[DocumentChat, bool]:
     """A chat that has read the sources, and whether it has read all of them."""
     session = open_chat(sources, options)
     try:
+        session.set_cite(cite)  # before reading: that it cannot be is told at once
         report = ingest(session, sources, keep_part=True)
     except BaseException:
         session.close()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from capkv_local.cli.cache import cache_option, open_and_read
+from capkv_local.cli.citing import cite_option, show_citations
 from capkv_local.cli.common import (
     ModelOptions,
     budget_value,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Drop each question and its answer: every question meets the document alone.",
 )
+@cite_option
 @cache_option
 @history_option
 @json_option
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 def chat_command(
     files: tuple[str, ...],
     forget: bool,
+    cite: bool,
     cache: bool,
     history: bool,
     as_json: bool,
@@ -75,6 +78,7 @@ def chat_command(
       capkv chat report.capkv
       capkv chat report.pdf --cache
       capkv chat report.pdf --forget < questions.txt > answers.txt
+      capkv chat report.pdf notes.docx --cite
       capkv chat report.pdf --json < questions.txt | jq -r .answer
 
     \b
@@ -82,7 +86,8 @@ def chat_command(
       {"question": ..., "answer": ..., "stopped": by Ctrl-C, "policy",
        "allocation", "budget", "tokens", "seconds": {"answer", ...},
        "kv": {...}}, as in `capkv ask --help`; {"command": ..., "output": text};
-      what failed has "error": text instead of answer or output
+      what failed has "error": text instead of answer or output.
+    With --cite questions also have "citations", as in `capkv ask --help`
     """
     if "-" in files:
         raise click.UsageError(
@@ -91,7 +96,7 @@ def chat_command(
         )
     reader = question_reader(completions, on_disk=history)
     sources = read_sources(files)
-    with contextlib.closing(open_and_read(sources, options, cache=cache)) as session:
+    with contextlib.closing(open_and_read(sources, options, cache=cache, cite=cite)) as session:
         if forget:
             session.set_keep_turns(False)
         interactive = sys.stdin.isatty()
@@ -155,6 +160,8 @@ class Conversation:
             else:
                 pieces = self.session.ask(line, max_tokens=self.max_tokens)
                 stream_answer(pieces)
+                if self.session.cite:
+                    show_citations(self.session.citations())
                 click.echo()
         except KeyboardInterrupt:
             click.echo("\n(stopped)", err=True)
@@ -236,6 +243,17 @@ def _keep(session: DocumentChat, argument: str) -> None:
         click.echo("keep: off, each question meets the document alone")
 
 
+def _cite(session: DocumentChat, argument: str) -> None:
+    if argument not in ("", "on", "off"):
+        raise CapKVError(f"/cite {argument}: it is either on or off")
+    if argument:
+        session.set_cite(argument == "on")
+    if session.cite:
+        click.echo("cite: on, the passages that an answer looked at most are named below it")
+    else:
+        click.echo("cite: off")
+
+
 def _forget(session: DocumentChat, argument: str) -> None:
     session.forget()
     click.echo("forgotten: the next question meets the document alone")
@@ -279,6 +297,7 @@ COMMANDS = {
         "/allocation NAME", "choose how heads share the budget, from the next eviction", _allocation
     ),
     "/keep": _Command("/keep on|off", "keep questions and answers, or drop them at once", _keep),
+    "/cite": _Command("/cite on|off", "name the passages that answers looked at most", _cite),
     "/forget": _Command("/forget", "drop the questions and answers so far", _forget),
     "/save": _Command("/save PATH", "save this session to a .capkv file", _save),
     "/help": _Command("/help", "show this list", _help),

@@ -46,4 +46,7 @@ class JsonConversation(Conversation):
         seconds = {"answer": time.perf_counter() - start}
         stats = self.session.stats()
         record = {"answer": "".join(pieces).strip(), "stopped": stopped}
-        return record | numbers(stats, stats.n_tokens, seconds)
+        record |= numbers(stats, stats.n_tokens, seconds)
+        if self.session.cite:
+            record["citations"] = [citation.to_json() for citation in self.session.citations()]
+        return record

@@ -219,6 +219,11 @@ class _PlainSteps:
 _CONTROLS = {code: None for code in [*range(9), *range(11, 32), *range(127, 160)]}
 
 
+def printable(text: str) -> str:
+    """Return a text without control characters."""
+    return text.translate(_CONTROLS)
+
+
 def stream_answer(pieces: Iterable[str]) -> str:
     """Write an answer to standard output piece by piece, without white space around it.
 
@@ -231,7 +236,7 @@ def stream_answer(pieces: Iterable[str]) -> str:
     started = False
     held = ""  # white space that is written only when text follows it
     for piece in pieces:
-        text = held + piece.translate(_CONTROLS)
+        text = held + printable(piece)
         if not started:
             text = text.lstrip()
         answer.append(piece)

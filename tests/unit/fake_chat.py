@@ -9,7 +9,9 @@ from typing import Any
 
 from click.testing import Result
 
+from capkv_local.citations import Citation
 from capkv_local.errors import BudgetError, ModelFileError, PolicyError
+from capkv_local.sources import Place
 
 Run = Callable[..., Result]
 
@@ -78,6 +80,18 @@ class FakeChat:
     def set_keep_turns(self, keep: bool) -> None:
         self.calls.append(("keep", keep))
         self.keep_turns = keep
+
+    cite = False
+
+    def set_cite(self, cite: bool) -> None:
+        self.cite = cite
+
+    stands_out = True
+
+    def citations(self) -> list[Citation]:
+        if not self.stands_out:
+            return []
+        return [Citation("a\x1b[2J.pdf", Place("page", 3, 3), 0.5, "The code is 48213.")]
 
     def forget(self) -> None:
         self.calls.append(("forget", None))

@@ -193,6 +193,25 @@ def test_ask_json(fake: type[FakeChat], run: Run) -> None:
     assert answer["kv"]["cells"] == 64 and answer["kv"]["bytes_full"] == 1024000
 
 
+def test_ask_cites_beside_the_answer(fake: type[FakeChat], run: Run) -> None:
+    result = run("ask", TXT, "why?", "--cite")
+    assert (result.exit_code, result.stdout) == (0, "The code is 48213.\n")
+    # What a document is called must not move the cursor either.
+    assert result.stderr == '[1] a[2J.pdf, p. 3: "The code is 48213."\n'
+    citations = json.loads(run("ask", TXT, "why?", "--cite", "--json").stdout)["citations"]
+    assert [(c["page"], c["share"]) for c in citations] == [([3, 3], 0.5)]
+    fake.stands_out = False
+    assert run("ask", TXT, "why?", "--cite").stderr == "(no passage stands out)\n"
+    assert json.loads(run("ask", TXT, "why?", "--cite", "--json").stdout)["citations"] == []
+
+
+def test_chat_cites_when_told_to(fake: type[FakeChat], run: Run) -> None:
+    result = run("chat", TXT, stdin="why?\n/cite on\nwhy?\n/cite off\nwhy?\n")
+    assert result.stderr.count("[1]") == 1
+    assert "cite: on" in result.stdout and "cite: off" in result.stdout
+    assert run("chat", TXT, "--cite", stdin="why?\nwhy?\n").stderr.count("[1]") == 2
+
+
 def test_ask_continues_a_session(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
     session = tmp_path / "s.capkv"
     session.touch()
@@ -291,6 +310,7 @@ def test_chat_commands(fake: type[FakeChat], run: Run, tmp_path: Path) -> None:
         ("/save", "/save needs a file name"),
         ("/save .", "is a folder; name a file in it"),
         ("/keep maybe", "error: /keep maybe: it is either on or off\n"),
+        ("/cite maybe", "error: /cite maybe: it is either on or off\n"),
     ],
 )
 def test_chat_goes_on_after_a_wrong_command(

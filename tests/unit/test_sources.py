@@ -92,3 +92,13 @@ def test_damaged_json(damage: dict[str, object]) -> None:
     assert len(SourceMap.from_json(GOOD)) == 1
     with pytest.raises(StateError, match="sources of a session are damaged"):
         SourceMap.from_json({**GOOD, **damage})
+
+
+@given(RANGES, st.integers(0, 40))
+def test_ranges_are_the_tokens_with_a_source(
+    ranges: list[tuple[int, Source | None]], n_tokens: int
+) -> None:
+    sources, expected = filled(ranges)
+    found = {i: source for tokens, source in sources.ranges(n_tokens) for i in tokens}
+    known = enumerate(expected[:n_tokens])
+    assert found == {i: source for i, source in known if source is not None}
