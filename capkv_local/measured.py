@@ -30,7 +30,7 @@ class Measured:
 
 
 MEASURED = (
-    Measured(0.5, chat=(96, 94), kl=(0.018, 0.042)),
-    Measured(0.25, chat=(83, 69), kl=(0.053, 0.141), streamed=(74, 37)),
-    Measured(0.125, chat=(67, 34), kl=(0.109, 0.232), ask=(89, 111)),
+    Measured(0.5, chat=(100, 94), kl=(0.007, 0.038)),
+    Measured(0.25, chat=(83, 59), kl=(0.023, 0.112), streamed=(84, 0)),
+    Measured(0.125, chat=(62, 31), kl=(0.073, 0.195), ask=(89, 111)),
 )
