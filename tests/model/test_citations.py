@@ -82,7 +82,7 @@ def test_citing_changes_neither_answers_nor_cells(
 ) -> None:
     # Answers that do not end, so that cells are evicted while they are cited.
     monkeypatch.setattr("llama_cpp.llama_vocab_is_eog", lambda vocab, token: False)
-    questions = (FACTS[0][1], f"Count on: {'one two three ' * 40}", FACTS[1][1])
+    questions = (FACTS[0][1], f"Count on: {'one two three ' * 100}", FACTS[1][1])
     chat = open_chat(document, **options)
     chat.save(tmp_path / "read.capkv")
     chat.close()
