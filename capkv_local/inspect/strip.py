@@ -118,8 +118,8 @@ def _layers(survival: Survival) -> list[Text]:
     n_layer, n_head = cells.shape
     heads = f"fewest and most of its {n_head} heads" if n_head > 1 else "its only head"
     lines = [Text(f"Cells per head in each layer, mean, {heads}.", style="bold")]
-    most = max(1, int(cells.max()))
-    width = len(f"{most:,}")
+    most = float(cells.mean(axis=-1).max())
+    width = len(f"{cells.max():,}")
     for layer in range(n_layer):
         row = cells[layer]
         bar = "#" * round(_BAR * float(row.mean()) / most)
