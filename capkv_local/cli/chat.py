@@ -84,7 +84,7 @@ def chat_command(
     \b
     With --json there is one object a line for each question or command:
       {"question": ..., "answer": ..., "stopped": by Ctrl-C, "policy",
-       "allocation", "budget", "tokens", "seconds": {"answer", ...},
+       "allocation", "budget", "tokens": so far, "seconds": {"answer", ...},
        "kv": {...}}, as in `capkv ask --help`; {"command": ..., "output": text};
       what failed has "error": text instead of answer or output.
     With --cite questions also have "citations", as in `capkv ask --help`
