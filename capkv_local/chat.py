@@ -168,8 +168,9 @@ class DocumentChat(SavedChat, CitedChat):
                     fits = len(tokens) <= left
                     llama.prefill(tokens[:left], progress=meter, more=fits and not last, **looks)
                     if not fits:
-                        what = f"the documents have more than the {meter.n_read} tokens read"
-                        raise self._overflow(what, room, meter.n_read)
+                        n_read = meter.n_read
+                        what = f"the documents have more than the {n_read} tokens that were read"
+                        raise self._overflow(what, room, n_read)
         except KeyboardInterrupt:
             complete = False
         finally:
