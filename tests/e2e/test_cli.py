@@ -75,7 +75,14 @@ def test_ask_does_not_take_a_part_of_a_pipe_for_the_whole() -> None:
 def test_chat_goes_on_with_what_was_read_before_ctrl_c() -> None:
     command = [sys.executable, "-m", "capkv_local.cli", "chat", str(LICENCE), "--max-tokens", "8"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdin=-1,
+        stdout=-1,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has it ignored, for all below it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as chat:
         assert chat.stderr is not None
         for line in chat.stderr:  # the first tenth is read
