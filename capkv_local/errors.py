@@ -23,6 +23,10 @@ class PolicyError(CapKVError, ValueError):
     """An unknown policy, or a policy that returned unusable scores."""
 
 
+class ContextWarning(UserWarning):
+    """A context longer than the model was trained with."""
+
+
 class UnsupportedModel(CapKVError):
     """A model, or a setting, whose memory cannot be evicted per head."""
 

@@ -8,6 +8,7 @@ position. Everything else is :class:`llama_cpp.Llama`.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from capkv_local.cache import CompactCache, KVCacheStats, evicts
 from capkv_local.errors import (
     BudgetError,
     CapKVError,
+    ContextWarning,
     NativeError,
     PolicyError,
     StateError,
@@ -41,6 +43,8 @@ Budget = int | float | str
 Observe = Literal["tail", "probe"]
 
 DEFAULT_BUDGET = 2048
+# Arguments by which a user says that a model reaches further than its file says.
+_STRETCHED = frozenset({"rope_freq_base", "rope_freq_scale", "rope_scaling_type", "yarn_orig_ctx"})
 
 
 class CompactedState(llama_cpp.LlamaState):
@@ -153,6 +157,13 @@ class Llama(ProtectedLlama):
             self._new_context(self._window_cells())
         kv = native.KVCache(self._ctx.ctx)
         self._n_ctx = n_ctx or self._model.n_ctx_train()
+        if self._n_ctx > self._model.n_ctx_train() and not _STRETCHED & kwargs.keys():
+            warnings.warn(
+                f"the model was trained with {self._model.n_ctx_train():,} tokens: beyond them its "
+                f"answers get worse, however many of the {self._n_ctx:,} fit",
+                ContextWarning,
+                stacklevel=2,
+            )
         budget = _parse(kv_budget, self._n_ctx, kv.info().n_bytes_cell, policy)
         if kv_observe == "probe" and evicts(policy):
             self._probe = self._make_probe(probe_stride)

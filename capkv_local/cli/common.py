@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import click
 from capkv_local.cli import display
 from capkv_local.cli.guard import debug_option, one_line
 from capkv_local.cli.names import complete_allocations, complete_files, complete_policies
-from capkv_local.errors import CapKVError, ContextOverflow
+from capkv_local.errors import CapKVError, ContextOverflow, ContextWarning
 
 if TYPE_CHECKING:
     from capkv_local.chat import DocumentChat, IngestProgress, IngestReport
@@ -275,12 +277,23 @@ def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
     """Load the model, and the saved session if there is one."""
     from capkv_local.chat import DocumentChat
 
-    with display.waiting("loading the model"):
+    with _warnings_told(), display.waiting("loading the model"):
         if sources.session is not None:
             from capkv_local.cli.defaults import for_session
 
             return DocumentChat.load(sources.session, **for_session(options).keywords())
         return DocumentChat(**options.keywords())
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Show warnings as sentences, once, behind what is done inside."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ContextWarning)
+        yield
+    for warning in caught:
+        click.echo(f"warning: {warning.message}", err=True)
 
 
 def ingest(

@@ -67,9 +67,10 @@ def plot(steps: list[IngestProgress], per_token: float, out: Path) -> None:
     axes.plot(done, [s.rss_bytes / MIB for s in steps], label="process, model and all")
     axes.plot(done, [s.kv_bytes / MIB for s in steps], label="KV cells")
     axes.plot(done, [n * per_token / MIB for n in done], "--", label="KV cells without eviction")
-    axes.set(xlabel="tokens read", ylabel="MiB", ylim=(0, None))
+    most = max(step.rss_bytes for step in steps)
+    axes.set(xlabel="tokens read", ylabel="MiB", ylim=(0, 1.15 * most / MIB))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="center right")
     figure.savefig(out)
 
 

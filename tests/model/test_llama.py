@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ import numpy as np
 import pytest
 
 import capkv_local
-from capkv_local import BudgetError, ContextOverflow, Llama, ModelFileError, StateError, native
+from capkv_local import (
+    BudgetError,
+    ContextOverflow,
+    ContextWarning,
+    Llama,
+    ModelFileError,
+    StateError,
+    native,
+)
 from capkv_local.allocate import ALLOCATORS
 from capkv_local.policies import get_policy, policy_names
 from tests.model.conftest import Models, observe_of
@@ -447,3 +456,15 @@ def test_after_a_reset_the_budget_can_be_lowered(models: Models, tokens: list[in
     llama.prefill(tokens[:700])
     assert llama.kv_stats().n_cells <= 128 + 128
     llama.set_kv_budget(512)
+
+
+def test_a_context_beyond_the_trained_one_is_told(model_path: Path) -> None:
+    def opened(**options: Any) -> None:
+        Llama(model_path, kv_budget=128, verbose=False, **options).close()
+
+    with pytest.warns(ContextWarning, match="trained with 8,192 tokens: beyond them its answers"):
+        opened(n_ctx=16384)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ContextWarning)
+        opened(n_ctx=8192)
+        opened(n_ctx=16384, rope_freq_scale=0.5)
