@@ -54,7 +54,7 @@ class Attended:
         cache = llama._require_cache()
         self._observes = not cache.n_observed  # only now, and only for this
         if self._observes:
-            cache.kv.observe(_QUERIES)
+            cache.observe(_QUERIES)
 
     def close(self) -> None:
         """Nothing is observed any more that was not before."""

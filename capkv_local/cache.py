@@ -215,10 +215,10 @@ class CompactCache:
         n_held = -(-n_rows // self.kv.info().n_heads)
         self.protection = Protection(n_tokens, n_held, copy=copy)
 
-    def observe(self) -> None:
-        """Have the queries observed that the policy needs; what was observed is forgotten."""
+    def observe(self, n_queries: int | None = None) -> None:
+        """Have the queries observed that the policy needs, or so many; forgets those so far."""
         self.kv.observe(
-            self.n_observed,
+            self.n_observed if n_queries is None else n_queries,
             mean_query="mean_query" in self.policy.needs,
             n_skip=self.policy.n_sinks,
         )

@@ -440,12 +440,12 @@ class KVCache:
         _check(status, "evict KV cells")
 
 
-def token_piece(vocab: Any, token: int) -> bytes:
-    """The bytes of text that a token is; special tokens by their names."""
+def token_piece(vocab: Any, token: int, *, special: bool = True) -> bytes:
+    """The bytes of text that a token is; special tokens by their names, or else nothing."""
     # Without a buffer, llama.cpp says how long it would have to be.
-    size = abs(llama_cpp.llama_token_to_piece(vocab, token, None, 0, 0, True))
+    size = abs(llama_cpp.llama_token_to_piece(vocab, token, None, 0, 0, special))
     buffer = ctypes.create_string_buffer(size)
-    llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, True)
+    llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
     return buffer.raw
 
 

@@ -83,7 +83,7 @@ class Settings:
     ) -> Settings:
         """The same with what this policy needs; by default with the allocation that suits it."""
         if not evicts(policy):
-            return replace(self, evicts=False, minimum=1, n_window=0, mean_query=False, n_scratch=0)
+            return self.keeping_all()
         return replace(
             self,
             evicts=True,
@@ -93,6 +93,10 @@ class Settings:
             n_scratch=Probe.n_scratch if probe else 0,
             uniform=(allocation or getattr(policy, "allocation", "uniform")) == "uniform",
         )
+
+    def keeping_all(self) -> Settings:
+        """The same without eviction, for which nothing is observed."""
+        return replace(self, evicts=False, minimum=1, n_window=0, mean_query=False, n_scratch=0)
 
     @property
     def batch(self) -> int:
@@ -177,8 +181,8 @@ class Planner:
 
     def whole(self, n_ctx: int) -> Planner:
         """A session that keeps all cells of a context (policy ``full``)."""
-        none = {"minimum": 1, "n_window": 0, "mean_query": False, "n_scratch": 0}
-        return self.using(n_ctx=n_ctx, evicts=False, **none)
+        settings = replace(self.settings.keeping_all(), n_ctx=n_ctx)
+        return Planner(self.header, settings, program=self.program)
 
     @property
     def bytes_per_cell(self) -> int:

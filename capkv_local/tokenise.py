@@ -23,6 +23,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from capkv_local import native
+
 Mark = TypeVar("Mark")
 Ends = npt.NDArray[np.int64]
 
@@ -48,11 +50,8 @@ class Vocabulary:
     def sizes(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Bytes of each token."""
         for token in np.unique(tokens[self._sizes[tokens] < 0]).tolist():
-            # Without a buffer, llama.cpp says how long it would have to be.
-            size = llama_cpp.llama_token_to_piece(
-                self._model._model.vocab, token, None, 0, 0, False
-            )
-            self._sizes[token] = abs(size)
+            piece = native.token_piece(self._model._model.vocab, token, special=False)
+            self._sizes[token] = len(piece)
         return self._sizes[tokens]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from capkv_local.cli.common import ModelOptions, Sources, ingest, json_option, open_chat
-from capkv_local.cli.display import count, size
+from capkv_local.cli.display import columns, count, size
 from capkv_local.cli.guard import debug_option, one_line
 from capkv_local.cli.names import complete_kept
 from capkv_local.errors import CapKVError, StateError
@@ -121,10 +121,7 @@ def ls_command(as_json: bool) -> None:
         cells = (row["name"], size(row["bytes"]), row["last_used"], tokens, row["model"] or "")
         table.append((*cells, documents))
     if rows:
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for line in table:
-            cells_ = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-            click.echo("  ".join(cells_).rstrip())
+        click.echo("\n".join(columns(table)))
     total = f"{count(len(rows), 'snapshot')}, {size(n_bytes)} of at most {size(kept.limit)}"
     click.echo(f"{total} in {kept.folder}", err=bool(rows))
 

@@ -233,10 +233,7 @@ def _allocation(session: DocumentChat, argument: str) -> None:
 
 
 def _keep(session: DocumentChat, argument: str) -> None:
-    if argument not in ("", "on", "off"):
-        raise CapKVError(f"/keep {argument}: it is either on or off")
-    if argument:
-        session.set_keep_turns(argument == "on")
+    _switch("/keep", argument, session.set_keep_turns)
     if session.keep_turns:
         click.echo("keep: on, questions and answers stay in the conversation")
     else:
@@ -244,14 +241,19 @@ def _keep(session: DocumentChat, argument: str) -> None:
 
 
 def _cite(session: DocumentChat, argument: str) -> None:
-    if argument not in ("", "on", "off"):
-        raise CapKVError(f"/cite {argument}: it is either on or off")
-    if argument:
-        session.set_cite(argument == "on")
+    _switch("/cite", argument, session.set_cite)
     if session.cite:
         click.echo("cite: on, the passages that an answer looked at most are named below it")
     else:
         click.echo("cite: off")
+
+
+def _switch(command: str, argument: str, turn: Callable[[bool], None]) -> None:
+    """Turn something on or off; without an argument leave it as it is."""
+    if argument not in ("", "on", "off"):
+        raise CapKVError(f"{command} {argument}: it is either on or off")
+    if argument:
+        turn(argument == "on")
 
 
 def _forget(session: DocumentChat, argument: str) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 SESSION_SUFFIX = ".capkv"
+# Fields of ModelOptions that matter here and now only: a saved session has none of them.
+MACHINE_OPTIONS = ("n_threads", "n_gpu_layers", "verbose")
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ class ModelOptions:
 
     def reading(self) -> dict[str, Any]:
         """Return what was given of that which changes how a text is read."""
-        here = ("model", "n_threads", "n_gpu_layers", "seed", "verbose")
+        here = ("model", "seed", *MACHINE_OPTIONS)
         return {name: value for name, value in self.keywords().items() if name not in here}
 
     def keywords(self) -> dict[str, Any]:

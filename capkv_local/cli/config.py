@@ -10,7 +10,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from capkv_local.cli.common import json_option
 from capkv_local.cli.defaults import CONFIG_VARIABLE, config_path, parameters, variable
+from capkv_local.cli.display import columns
 from capkv_local.cli.guard import debug_option, name_variable
 
 
@@ -18,7 +20,7 @@ def config_command(chat: click.Command) -> click.Command:
     """Make ``capkv config``, which shows the options of ``chat``: they are all there are."""
 
     @click.command("config", short_help="Show the options in force, and where each comes from.")
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+    @json_option
     @click.option(
         "--config",
         type=click.Path(path_type=Path),
@@ -60,10 +62,7 @@ def config_command(chat: click.Command) -> click.Command:
             return
         click.echo(f"file  {path}{'' if path.exists() else ' (there is none)'}\n")
         lines = [(key, _text(row["value"]), _where(key, row["from"])) for key, row in rows.items()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-            click.echo("  ".join(padded).rstrip())
+        click.echo("\n".join(columns(lines)))
 
     return command
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from capkv_local.cli.common import ModelOptions, budget_value
+from capkv_local.cli.common import MACHINE_OPTIONS, ModelOptions, budget_value
 from capkv_local.errors import ConfigError, unknown_name
 
 CONFIG_VARIABLE = "CAPKV_CONFIG"
@@ -39,9 +39,6 @@ KEYS = (
     "history",
     "verbose",
 )
-# What stays as a saved session has it, unless the command line says otherwise.
-_KEPT_IN_SESSIONS = ("model", *(f for f in ModelOptions.__annotations__ if f.startswith("kv_")))
-_KEPT_IN_SESSIONS += ("probe_stride", "n_ctx", "type_k", "type_v", "seed")
 _CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.PROMPT)
 
 Verb = TypeVar("Verb", bound=click.Command)
@@ -104,8 +101,11 @@ def for_session(options: ModelOptions) -> ModelOptions:
     ctx = click.get_current_context(silent=True)
     if ctx is None:
         return options
-    kept = [n for n in _KEPT_IN_SESSIONS if ctx.get_parameter_source(n) not in _CHOSEN]
-    values = {name: value for name, value in options.keywords().items() if name not in kept}
+    values = {
+        name: value
+        for name, value in options.keywords().items()
+        if name in MACHINE_OPTIONS or ctx.get_parameter_source(name) in _CHOSEN
+    }
     return ModelOptions(**values)
 
 

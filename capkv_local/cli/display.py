@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -252,6 +252,22 @@ def budget_text(stats: KVCacheStats) -> str:
     """Return how many cells are kept, and how heads share them."""
     shared = "" if stats.allocation is None else f", {stats.allocation}"
     return f"{stats.budget:,} cells per head{shared}"
+
+
+def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Return lines of columns as wide as they need be; ``right``: all but the first to the right.
+
+    Examples
+    --------
+    >>> columns([("a", "bc"), ("def", "g")], right=True)
+    ['a    bc', 'def   g']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pad = str.rjust if right else str.ljust
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(pad, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
 
 
 def stats_text(stats: KVCacheStats) -> str:

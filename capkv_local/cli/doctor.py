@@ -14,12 +14,13 @@ from typing import Any
 import click
 
 from capkv_local import __version__
+from capkv_local.cli.common import json_option
 from capkv_local.cli.guard import debug_option, one_line
 from capkv_local.errors import CapKVError
 
 
 @click.command("doctor", short_help="Show what is installed and loaded, and what is wrong.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@json_option
 @debug_option
 def doctor_command(as_json: bool) -> None:
     """Show the loaded llama.cpp library, its devices and the versions; say what is wrong.

@@ -15,6 +15,7 @@ from capkv_local.cli import display
 from capkv_local.cli.common import (
     ModelOptions,
     ingest,
+    json_option,
     model_options,
     open_chat,
     read_sources,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     help="Also say what this question would lose; reads the text again with the full cache, "
     "if that fits into memory.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@json_option
 @model_options
 def inspect_command(
     files: tuple[str, ...],
@@ -128,7 +129,7 @@ def _as_json(survival: Survival, attention: Attention | None) -> dict[str, Any]:
         "allocation": survival.allocation,
         "budget": survival.budget,
         "tokens": survival.n_tokens,
-        "tokens_held_by_none": int((survival.n_held == 0).sum()),
+        "tokens_held_by_none": survival.n_gone,
         "cells": survival.cells.tolist(),
         "bytes": survival.kv_bytes,
         "bytes_full": survival.kv_bytes_full,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capkv_local.cli.display import size
+from capkv_local.cli.display import columns, size
 from capkv_local.cli.guard import debug_option
 
 if TYPE_CHECKING:
@@ -178,12 +178,12 @@ def _render(header: ModelHeader, task: _Task, advice: Advice) -> str:
             f"{header.n_swa:,} tokens only, whatever the context"
         )
     lines = [f"{name:<9}{value}" for name, value in head.items()]
-    lines += ["", "All cells, and what fits:", *_table(_type_rows(task, advice.types))]
+    lines += ["", "All cells, and what fits:", *_indented(_type_rows(task, advice.types))]
     if advice.budgets:
         lines += [
             "",
             *textwrap.wrap(_MEASURED.format(type=advice.table_type, source=SOURCE), _WIDTH),
-            *_table(_budget_rows(task, advice.budgets)),
+            *_indented(_budget_rows(task, advice.budgets)),
         ]
     if (choice := advice.choice) is not None:
         what = "All cells fit" if choice.budget is None else f"{choice.budget:,} cells fit"
@@ -241,13 +241,8 @@ def _parts(need: Need) -> str:
     return ", ".join(f"{name} {size(value)}" for name, value in parts)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as they need be; all but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])])
-        for row in rows
-    ]
+def _indented(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"  {line}" for line in columns(rows, right=True)]
 
 
 def _as_json(header: ModelHeader, task: _Task, advice: Advice) -> dict[str, Any]:

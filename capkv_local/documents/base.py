@@ -15,6 +15,8 @@ from capkv_local.errors import DocumentError
 from capkv_local.sources import Place, Source
 
 MIB = 1 << 20
+# What to do with a format that is not read.
+SAVE_AS = "save it as .pdf, .html or .txt and give that file"
 
 
 @dataclass(frozen=True)

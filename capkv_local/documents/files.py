@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from capkv_local.documents.base import MIB
+from capkv_local.documents.base import MIB, SAVE_AS
 from capkv_local.documents.zips import zip_kind
 from capkv_local.errors import DocumentError
 
@@ -174,12 +174,11 @@ _HTML_START = re.compile(
 )
 
 # Files people try that are not text inside: how they begin, what they are, what to do instead.
-_SAVE_AS = "save it as .pdf, .html or .txt and give that file"
 _OCR = "run text recognition (OCR) on it first"
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"
 _NOT_TEXT: tuple[tuple[bytes, str, str], ...] = (
-    (_OLD_OFFICE, "an old Office document", _SAVE_AS),
-    (b"{\\rtf", "an RTF document", _SAVE_AS),
+    (_OLD_OFFICE, "an old Office document", SAVE_AS),
+    (b"{\\rtf", "an RTF document", SAVE_AS),
     (b"%!PS", "a PostScript file", "convert it to .pdf, e.g. with ps2pdf, and give that file"),
     (b"CAPKV\0", "a snapshot of capkv", "let its name end in .capkv"),
     (b"GGUF", "a model file", "give the model with --model and a document here"),

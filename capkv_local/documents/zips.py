@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from capkv_local.documents.base import MIB, short
+from capkv_local.documents.base import MIB, SAVE_AS, short
 from capkv_local.errors import DocumentError
 
 # A member with text may unpack to so much: the longest novels have 4 MiB of it. zipfile unpacks
@@ -15,7 +15,6 @@ from capkv_local.errors import DocumentError
 LARGEST_MEMBER = 32 * MIB
 _LARGEST_LIST = 100_000
 
-_SAVE_AS = "save it as .pdf, .html or .txt and give that file"
 _OTHERS = {"xl/": "a spreadsheet", "ppt/": "a presentation", "content.xml": "an OpenDocument file"}
 
 
@@ -41,7 +40,7 @@ def opened_zip(source: str, file: BinaryIO) -> Iterator[zipfile.ZipFile]:
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise DocumentError(
             f"'{source}' is a zip file (as .docx and .epub are) that is damaged "
-            f"({short(error)}); download or export it again, or {_SAVE_AS}"
+            f"({short(error)}); download or export it again, or {SAVE_AS}"
         ) from error
     except Exception as error:  # zlib.error, struct.error, ...
         if type(error).__module__ in ("zlib", "struct", "_struct", "lzma", "_lzma"):
@@ -67,7 +66,7 @@ def zip_kind(source: str, file: BinaryIO) -> str:
             return "docx"
     for start, what in _OTHERS.items():
         if any(name.startswith(start) for name in names):
-            raise DocumentError(f"'{source}' is {what}; {_SAVE_AS}")
+            raise DocumentError(f"'{source}' is {what}; {SAVE_AS}")
     raise DocumentError(f"'{source}' is a zip file; unpack it and give the files in it")
 
 
@@ -85,5 +84,5 @@ def check_member(source: str, info: zipfile.ZipInfo) -> None:
         raise DocumentError(
             f"'{source}' unpacks '{info.filename}' from {info.compress_size:,} to "
             f"{info.file_size:,} bytes; no more than {LARGEST_MEMBER // MIB} MiB are read of one "
-            f"part: {_SAVE_AS}"
+            f"part: {SAVE_AS}"
         )

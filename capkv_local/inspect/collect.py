@@ -85,6 +85,11 @@ class Survival:
         n: I32 = self.held.sum(axis=(0, 1), dtype=np.int32)
         return n
 
+    @property
+    def n_gone(self) -> int:
+        """Tokens that no head holds."""
+        return int((self.n_held == 0).sum())
+
     @cached_property
     def share(self) -> npt.NDArray[np.float64]:
         """Share of the heads that hold each token, [n_tokens]."""

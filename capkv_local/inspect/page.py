@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from capkv_local import __version__
 from capkv_local.errors import CapKVError
 from capkv_local.inspect.collect import EDGES, Passage, Survival, ranked
 from capkv_local.inspect.question import Attention
 from capkv_local.inspect.strip import legend, question_summary
+from capkv_local.pages import render
 
 _N_PASSAGES = 10
 
@@ -49,16 +49,10 @@ def render_page(survival: Survival, attention: Attention | None = None, *, title
     title
         Names of the documents.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     best = ranked(survival)
     worst = best[_N_PASSAGES:][-_N_PASSAGES:][::-1]
-    return environment.get_template("page.html.j2").render(
+    return render(
+        Path(__file__).with_name("page.html.j2"),
         title=title or "a text",
         facts=_facts(survival),
         legend=legend(),
@@ -75,14 +69,14 @@ def render_page(survival: Survival, attention: Attention | None = None, *, title
 def _facts(survival: Survival) -> list[tuple[str, str]]:
     s = survival
     cells = f"{s.cells.mean():,.0f} ({s.share.mean():.1%}), {s.cells.min():,} to {s.cells.max():,}"
+    gone = f"{s.n_gone:,} ({s.n_gone / s.n_tokens:.1%})"
     memory = f"{s.kv_bytes / 2**20:,.1f} MiB"
     if 0 < s.kv_bytes < s.kv_bytes_full:
         memory += f" instead of {s.kv_bytes_full / 2**20:,.1f} MiB for its context"
-    gone = int((s.n_held == 0).sum())
     return [
         ("model", f"{s.model}, {s.held.shape[0]} layers of {s.held.shape[1]} KV heads"),
         ("policy", s.policy + (f", {s.allocation} allocation" if s.allocation else "")),
-        ("tokens", f"{s.n_tokens:,}, of which no head holds {gone:,} ({gone / s.n_tokens:.1%})"),
+        ("tokens", f"{s.n_tokens:,}, of which no head holds {gone}"),
         ("cells per head", cells),
         ("KV memory", memory),
     ]
@@ -154,7 +148,6 @@ def _row(survival: Survival, passage: Passage, value: float | None = None) -> di
 
 def _asked(survival: Survival, attention: Attention) -> dict[str, Any]:
     compared = attention.full is not None
-    values = attention.lost if compared else attention.attended
     total = float(attention.attended.sum()) or 1.0
     return {
         "question": attention.question,
@@ -173,7 +166,7 @@ def _asked(survival: Survival, attention: Attention) -> dict[str, Any]:
             for token in attention.worst_tokens()
         ],
         "passages": [
-            _row(survival, p, float(values[p.tokens].sum()) / total)
+            _row(survival, p, float(attention.at_stake[p.tokens].sum()) / total)
             for p in attention.worst_passages()
         ],
     }

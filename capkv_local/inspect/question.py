@@ -65,6 +65,11 @@ class Attention:
             return np.zeros(self.survival.n_tokens, np.float32)
         return self._mean(np.where(self.survival.held, np.float32(0), self.full))
 
+    @property
+    def at_stake(self) -> F32:
+        """What is shown of each token, [n_tokens]: ``lost``, or ``attended`` without ``full``."""
+        return self.attended if self.full is None else self.lost
+
     @cached_property
     def lost_by_head(self) -> F32 | None:
         """Share of each head's attention on the text that is lost, [n_layer, n_head_kv]."""
@@ -86,14 +91,12 @@ class Attention:
 
     def worst_tokens(self, n: int = 10) -> list[int]:
         """Tokens that lose most, or without ``full`` those that are attended most."""
-        values = self.attended if self.full is None else self.lost
-        order = np.argsort(-values, kind="stable")[:n]
-        return [int(token) for token in order if values[token] > 0]
+        order = np.argsort(-self.at_stake, kind="stable")[:n]
+        return [int(token) for token in order if self.at_stake[token] > 0]
 
     def worst_passages(self, n: int = 10) -> list[Passage]:
         """As :meth:`worst_tokens`, by passages."""
-        values = self.attended if self.full is None else self.lost
-        sums = {p: float(values[p.tokens].sum()) for p in passages(self.survival)}
+        sums = {p: float(self.at_stake[p.tokens].sum()) for p in passages(self.survival)}
         best = sorted(sums, key=lambda p: -sums[p])[:n]
         return [p for p in best if sums[p] > 0]
 
@@ -183,7 +186,7 @@ def _attention(llama: Llama, asked: Sequence[int], *, restore: bool = True) -> F
     with deferred_interrupt():
         before = native.get_state(llama._ctx.ctx) if restore else None
         try:
-            _observe(cache, len(asked))
+            cache.observe(len(asked))  # may be more than the policy needs
             llama._decode_scratch(cache, list(asked))
             attention = cache.kv.score(
                 Stat.ATTN_MEAN, n_cells=cache.kv.info().n_cells, n_queries=len(asked)
@@ -193,12 +196,6 @@ def _attention(llama: Llama, asked: Sequence[int], *, restore: bool = True) -> F
             llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1)
             if before is not None:
                 _go_back(llama, cache, before)
-
-
-def _observe(cache: CompactCache, n_queries: int) -> None:
-    """Observe so many queries, which may be more than the policy needs."""
-    mean_query = "mean_query" in cache.policy.needs
-    cache.kv.observe(n_queries, mean_query=mean_query, n_skip=cache.policy.n_sinks)
 
 
 def _go_back(llama: Llama, cache: CompactCache, before: bytes) -> None:

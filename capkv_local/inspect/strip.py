@@ -68,11 +68,10 @@ def summary(survival: Survival) -> str:
     """What is held in all, in one line."""
     s = survival
     shared = "" if s.allocation is None else f", {s.allocation}"
-    gone = int((s.n_held == 0).sum())
     return (
         f"{s.n_tokens:,} tokens, {s.cells.mean():,.0f} cells per head held "
         f"({s.share.mean():.1%}; {s.cells.min():,} to {s.cells.max():,}); "
-        f"no head holds {gone:,} of the tokens ({s.policy}{shared})"
+        f"no head holds {s.n_gone:,} of the tokens ({s.policy}{shared})"
     )
 
 
@@ -169,10 +168,10 @@ def _question(attention: Attention, width: int) -> list[Text]:
     if words:
         lines += [Text(), Text(f"{what}: token (position, heads that hold it).", style="bold")]
         lines += [Text(f"       {word}") for word in words]
-        values = attention.attended if attention.full is None else attention.lost
         total = float(attention.attended.sum())
         rows = [
-            (f"{float(values[p.tokens].sum()) / total:.1%}", p) for p in attention.worst_passages(5)
+            (f"{float(attention.at_stake[p.tokens].sum()) / total:.1%}", p)
+            for p in attention.worst_passages(5)
         ]
         lines += [Text(), Text(f"{what}: passages, in % of the attention.", style="bold")]
         lines += _rows(survival, rows, width)

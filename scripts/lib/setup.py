@@ -48,6 +48,10 @@ class Environment:
         sys.stderr.flush()
         os.execve(self.venv.python, [str(self.venv.python), *args], self.process_env())
 
+    def exec_script(self, name: str, *args: str) -> NoReturn:
+        """Become a script below ``scripts/``, such as ``benchmarks/decode.py``."""
+        self.exec_python(str(ROOT / "scripts" / name), *args)
+
 
 def ensure(*, dev: bool = False, op_tests: bool = False, jobs: int | None = None) -> Environment:
     """Set up what is missing and return it.

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from capkv_local.errors import EvaluationError
@@ -24,6 +23,7 @@ from capkv_local.evaluate.report.findings import (
 )
 from capkv_local.evaluate.report.grid import LEGEND, format_share, headline_grid, setting_grids
 from capkv_local.evaluate.statistics import DRAWS, MIN_CASES
+from capkv_local.pages import render
 
 __all__ = ["render_page", "write_report"]
 
@@ -78,15 +78,9 @@ def render_page(cells: Cells, figures: Iterable[Figure], *, torn: bool = False) 
     torn
         Whether the results end in a half-written line, to say so.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     judged, lost = verdicts(cells), losses(cells)
-    return environment.get_template("page.html.j2").render(
+    return render(
+        Path(__file__).with_name("page.html.j2"),
         facts=_facts(cells, torn),
         headline=headline_grid(cells),
         legend=LEGEND,
