@@ -27,7 +27,14 @@ from capkv_local.cli.common import (
 )
 from capkv_local.cli.display import budget_text, size, stats_text, stream_answer
 from capkv_local.cli.guard import one_line
-from capkv_local.cli.prompt import KEYS_HELP, history_option, question_reader
+from capkv_local.cli.prompt import (
+    KEYS_HELP,
+    history_file,
+    history_option,
+    open_terminal,
+    question_reader,
+    read_from,
+)
 from capkv_local.errors import CapKVError
 
 if TYPE_CHECKING:
@@ -64,7 +71,8 @@ def chat_command(
     it was. Ctrl-C while reading keeps what was read, during an answer it stops the answer, and
     twice at the prompt it quits. At the prompt, /help lists what else can be done. Questions may
     also come from a pipe, one a line (a backslash at its end goes on with the next). When one of
-    them failed, the exit code is 1 at the end.
+    them failed, the exit code is 1 at the end. With "-" the document comes from the pipe, and the
+    questions from the terminal.
 
     The conversation has cells of its own and takes none from the document. When they run out,
     what matters least in it goes; with --forget each question meets the document alone.
@@ -74,6 +82,7 @@ def chat_command(
       capkv chat report.pdf
       capkv chat chapter1.md chapter2.md --budget 4096
       capkv chat my-project/
+      man bash | capkv chat -
       capkv chat report.pdf --n-ctx 100000 --budget 512MiB --type-k q8_0
       capkv chat report.capkv
       capkv chat report.pdf --cache
@@ -89,14 +98,14 @@ def chat_command(
       what failed has "error": text instead of answer or output.
     With --cite questions also have "citations", as in `capkv ask --help`
     """
-    if "-" in files:
-        raise click.UsageError(
-            "chat reads your questions from standard input; give the document as a file, "
-            'or use: capkv ask - "QUESTION"'
-        )
-    reader = question_reader(completions, on_disk=history)
+    terminal = open_terminal() if "-" in files else None
+    if history and (terminal is not None or sys.stdin.isatty()):
+        history_file()  # now: reading may take long
     sources = read_sources(files)
     with contextlib.closing(open_and_read(sources, options, cache=cache, cite=cite)) as session:
+        if terminal is not None:
+            read_from(terminal)
+        reader = question_reader(completions, on_disk=history)
         if forget:
             session.set_keep_turns(False)
         interactive = sys.stdin.isatty()

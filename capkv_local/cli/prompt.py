@@ -61,6 +61,30 @@ def question_reader(
     return editor(commands, history).prompt
 
 
+def open_terminal() -> int:
+    """A descriptor of the terminal that questions come from when a document comes from a pipe.
+
+    Raises
+    ------
+    click.UsageError
+        There is no terminal.
+    """
+    try:
+        return os.open("/dev/tty", os.O_RDWR)
+    except OSError as error:
+        raise click.UsageError(
+            "with the document on standard input, questions come from the terminal, and there is "
+            'none; give the document as a file, or use: capkv ask - "QUESTION"'
+        ) from error
+
+
+def read_from(terminal: int) -> None:
+    """Put the terminal in the place of standard input, whose document has been read."""
+    os.dup2(terminal, 0)
+    os.close(terminal)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+
+
 def continued(read_line: Callable[[], str]) -> Callable[[], str]:
     """Return a reader of questions from one of lines: a backslash at the end goes on.
 

@@ -69,7 +69,6 @@ def test_runs_as_a_module_and_loads_nothing_heavy() -> None:
         ("ask", TXT, " "),
         ("ask", "-", "-", "why?"),
         ("ask", "a.capkv", "b.capkv", "why?"),
-        ("chat", "-"),
         ("chat", TXT, "--n-ctx", "many"),
         ("chat", TXT, "--type-k", "q9"),
     ],
