@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from capkv_local.documents.base import MIB, Part, clean, separated, short
 from capkv_local.documents.files import Input
@@ -14,10 +14,13 @@ from capkv_local.errors import DocumentError
 from capkv_local.sources import Place
 
 if TYPE_CHECKING:
-    from pypdf import PdfReader
+    from pypdfium2 import PdfDocument, PdfPage
 
-# A reader keeps every object it has met, images too, until it is told to forget them.
-_PAGES_KEPT = 50
+# Where the library has taken a word apart at the end of a line.
+_BROKEN_WORD = "\ufffe"
+
+# The dots of a table of contents: each would be a token.
+_LEADER = re.compile(r"(?:[ \t]*\.){5,}")
 
 
 def pdf_parts(file: Input, notes: list[str]) -> Iterator[Part]:
@@ -36,21 +39,21 @@ def _pages(file: Input, notes: list[str]) -> Iterator[Part]:
     with file.open() as opened:
         _refuse_cut(source, opened)
         n_bytes = opened.seek(0, io.SEEK_END)
-        with _library(source, "damaged"):
-            reader = _reader(source, opened)
-            n_pages = len(reader.pages)
-        empty, images = [], []
-        for number in range(1, n_pages + 1):
-            if number % _PAGES_KEPT == 0:
-                reader.resolved_objects.clear()
-            with _library(source, f"damaged on page {number}"):
-                page = reader.pages[number - 1]
-                text = clean(page.extract_text()).strip()
-                if not text:
-                    empty.append(number)
-                    if _has_image(page):
-                        images.append(number)
-            yield Part(text, Place("page", number, number), n_bytes * number // n_pages)
+        opened.seek(0)
+        with _library(source, "damaged"), contextlib.closing(_document(source, opened)) as pdf:
+            n_pages = len(pdf)
+            empty, images = [], []
+            for number in range(1, n_pages + 1):
+                with (
+                    _library(source, f"damaged on page {number}"),
+                    contextlib.closing(pdf[number - 1]) as page,
+                ):
+                    text = _text(page)
+                    if not text:
+                        empty.append(number)
+                        if _has_image(page):
+                            images.append(number)
+                yield Part(text, Place("page", number, number), n_bytes * number // n_pages)
     if n_pages == 0:
         raise DocumentError(f"'{source}' has no pages; download or export the PDF again")
     if len(empty) == n_pages:
@@ -67,7 +70,7 @@ def _pages(file: Input, notes: list[str]) -> Iterator[Part]:
 
 
 def _refuse_cut(source: str, file: BinaryIO) -> None:
-    # pypdf rebuilds cut files as far as they go; half a document must not pass for a whole one.
+    # The library mends cut files as far as they go; a half must not pass for the whole.
     end = b""
     position = file.seek(0, io.SEEK_END)
     while position and not end:  # some are padded
@@ -83,44 +86,42 @@ def _refuse_cut(source: str, file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _library(source: str, what: str) -> Iterator[None]:
-    """pypdf's warnings are silenced, and its errors become ours."""
-    logger = logging.getLogger("pypdf")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)  # what it warns of, it mends; the rest is raised
+    """Errors of the library become ours."""
     try:
         yield
-    except DocumentError:
+    except (DocumentError, GeneratorExit):
         raise
-    except Exception as error:  # pypdf lets many kinds through on damaged files
+    except Exception as error:
         raise DocumentError(
             f"'{source}' is {what} ({short(error)}); download or export the PDF again"
         ) from error
-    finally:
-        logger.setLevel(level)
 
 
-def _reader(source: str, file: BinaryIO) -> PdfReader:
-    from pypdf import PasswordType, PdfReader
-    from pypdf.errors import DependencyError
+def _document(source: str, file: BinaryIO) -> PdfDocument:
+    from pypdfium2 import PdfDocument, PdfiumError
+    from pypdfium2.raw import FPDF_ERR_PASSWORD
 
     try:
-        reader = PdfReader(file, strict=False)
-        # Many PDFs only restrict printing: their user password is the empty one.
-        locked = reader.is_encrypted and reader.decrypt("") == PasswordType.NOT_DECRYPTED
-    except DependencyError:  # AES, and no library for it: cannot be opened here either
-        locked = True
-    if locked:
+        return PdfDocument(file)  # many only restrict printing: their password is the empty one
+    except PdfiumError as error:
+        if error.err_code != FPDF_ERR_PASSWORD:
+            raise
         raise DocumentError(
             f"'{source}' is encrypted; remove its password first, "
             "e.g. qpdf --password=... --decrypt in.pdf out.pdf"
-        )
-    return reader
+        ) from None
 
 
-def _has_image(page: Any) -> bool:
-    resources = page.get("/Resources")
-    objects = resources.get_object().get("/XObject") if resources is not None else None
-    return bool(objects is not None and objects.get_object())
+def _text(page: PdfPage) -> str:
+    with contextlib.closing(page.get_textpage()) as content:
+        text = content.get_text_range().replace("\r\n", "\n").replace(_BROKEN_WORD, "")
+    return clean(_LEADER.sub(" ...", text)).strip()
+
+
+def _has_image(page: PdfPage) -> bool:
+    from pypdfium2.raw import FPDF_PAGEOBJ_IMAGE
+
+    return any(page.get_objects(filter=(FPDF_PAGEOBJ_IMAGE,)))
 
 
 def _listed(pages: list[int]) -> str:

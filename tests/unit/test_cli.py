@@ -41,7 +41,7 @@ def test_version(run: Run) -> None:
 def test_runs_as_a_module_and_loads_nothing_heavy() -> None:
     code = (
         "import sys, capkv_local.cli.__main__\n"
-        "heavy = {'numpy', 'rich', 'prompt_toolkit', 'pypdf', 'bs4', 'llama_cpp',"
+        "heavy = {'numpy', 'rich', 'prompt_toolkit', 'pypdfium2', 'bs4', 'llama_cpp',"
         " 'charset_normalizer'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -1,8 +1,9 @@
-"""Word documents and e-books: text, places, and what is refused."""
+"""Word documents, e-books and PDFs: text, places, and what is refused."""
 
 from __future__ import annotations
 
 import io
+import random
 import zipfile
 from pathlib import Path
 
@@ -228,3 +229,54 @@ def test_pdf_has_pages_and_says_which_are_scans(tmp_path: Path) -> None:
     assert (
         len(stream.notes) == 1 and "no text on pages 1, 4, which have an image" in stream.notes[0]
     )
+
+
+def pdf_of(*lines: str) -> bytes:
+    """A page with these lines."""
+    shown = b" ".join(b"(%s) Tj T*" % line.encode() for line in lines)
+    content = b"BT /F 12 Tf 14 TL 72 700 Td " + shown + b" ET"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R"
+        b" /Resources << /Font << /F << /Type /Font /Subtype /Type1"
+        b" /BaseFont /Helvetica >> >> >> >>",
+        b"<< /Length %d >> stream\n%s\nendstream" % (len(content), content),
+    ]
+    out = io.BytesIO(b"%PDF-1.4\n")
+    out.seek(0, io.SEEK_END)
+    places = []
+    for number, body in enumerate(objects, 1):
+        places.append(out.tell())
+        out.write(b"%d 0 obj %s endobj\n" % (number, body))
+    table = out.tell()
+    out.write(
+        b"xref\n0 5\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % p for p in places)
+    )
+    out.write(b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % table)
+    return out.getvalue()
+
+
+def test_pdf_joins_broken_words_and_shortens_dots(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(
+        pdf_of("Harbours . . . . . . . . . . . . 7", "One must imple-", "ment it. Wait...")
+    )
+    text = read_document(tmp_path / "a.pdf").text
+    assert text == "Harbours ... 7\nOne must implement it. Wait..."
+
+
+def test_damaged_pdf_is_refused_or_read(tmp_path: Path) -> None:
+    data = (Path(__file__).parent.parent / "data" / "harbour.pdf").read_bytes()
+    rng = random.Random(1)
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(data)
+        for _ in range(20):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / "a.pdf").write_bytes(damaged)
+        try:
+            read_document(tmp_path / "a.pdf")
+        except DocumentError as error:
+            assert "a.pdf" in str(error)
+            refused += 1
+    assert refused > 10

@@ -175,7 +175,7 @@ def test_opening_does_not_load_the_formats(tmp_path: Path) -> None:
     code = (
         "import sys, capkv_local.documents as d\n"
         f"d.open_document({str(DATA / 'harbour.txt')!r})\n"
-        "print(sorted({'pypdf', 'bs4', 'mammoth', 'pathspec', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'pypdfium2', 'bs4', 'mammoth', 'pathspec', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
