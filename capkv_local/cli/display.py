@@ -270,6 +270,12 @@ def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
     ]
 
 
+def _evictions(stats: KVCacheStats) -> str:
+    if not stats.evictions and stats.n_cells < stats.n_tokens:
+        return "none since it was opened"
+    return f"{stats.evictions:,} ({count(stats.cells_evicted, 'cell')} evicted)"
+
+
 def stats_text(stats: KVCacheStats) -> str:
     """Return the state of the cache as lines of ``name  value``."""
     memory = size(stats.kv_bytes)
@@ -293,7 +299,7 @@ def stats_text(stats: KVCacheStats) -> str:
         **parts,
         "KV memory": memory,
         "observation": size(stats.observe_bytes),
-        "evictions": f"{stats.evictions:,} ({count(stats.cells_evicted, 'cell')} evicted)",
+        "evictions": _evictions(stats),
         "time": f"decode {duration(stats.t_decode_s)}, score {duration(stats.t_score_s)}, "
         f"select {duration(stats.t_select_s)}, evict {duration(stats.t_evict_s)}",
     }

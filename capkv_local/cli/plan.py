@@ -59,9 +59,9 @@ class _Tokens(click.ParamType[int]):
 
 @dataclass(frozen=True)
 class _Task:
-    """What was asked: the memory, where it comes from, and the context."""
+    """What was asked: the model (None is the default one), memory and its origin, context."""
 
-    path: Path
+    model: Path | None
     memory: int
     memory_text: str
     n_ctx: int
@@ -114,7 +114,7 @@ def plan_command(model: Path | None, memory: int | None, n_ctx: int | None, as_j
     from capkv_local.models import default_model
 
     with ModelHeader(model or default_model()) as header:
-        task = _task(header, memory, n_ctx)
+        task = _task(header, model, memory, n_ctx)
         advice = advise(header, task.n_ctx, task.memory)
         for warning in task.warnings:
             click.echo(f"warning: {warning}", err=True)
@@ -126,7 +126,7 @@ def plan_command(model: Path | None, memory: int | None, n_ctx: int | None, as_j
         raise BudgetError(_too_small(task, advice))
 
 
-def _task(header: ModelHeader, memory: int | None, n_ctx: int | None) -> _Task:
+def _task(header: ModelHeader, model: Path | None, memory: int | None, n_ctx: int | None) -> _Task:
     from capkv_local.memory import SHARE, available_memory
 
     warnings = []
@@ -141,11 +141,12 @@ def _task(header: ModelHeader, memory: int | None, n_ctx: int | None) -> _Task:
         available = available_memory()
         memory = int(SHARE * available)
         text = f"{size(memory)}, {SHARE:.0%} of the {size(available)} that are available now"
-    return _Task(header.path, memory, text, n_ctx or header.n_ctx_train, warnings)
+    return _Task(model, memory, text, n_ctx or header.n_ctx_train, warnings)
 
 
 def _command(task: _Task, options: Sequence[str]) -> list[str]:
-    return ["capkv", "chat", "--model", str(task.path), *options]
+    model = [] if task.model is None else ["--model", str(task.model)]
+    return ["capkv", "chat", *model, *options]
 
 
 def _too_small(task: _Task, advice: Advice) -> str:

@@ -26,6 +26,7 @@ def test_the_printed_command_runs() -> None:
     assert planned.returncode == 0, planned.stderr
     take = json.loads(planned.stdout)["take"]
     assert (take["type"], take["budget"]) == ("q8_0", None)
+    assert "--model" not in take["command"]  # it is the default one
     command = [str(HARBOUR) if word == "FILE" else word for word in take["command"][1:]]
     run = capkv(*command, stdin="/stats\n")
     assert run.returncode == 0, run.stderr

@@ -490,3 +490,20 @@ def test_answer_survives_a_narrow_encoding() -> None:
         [sys.executable, "-c", code], capture_output=True, env=environment, check=True
     )
     assert done.stdout.strip() == b"5 ?"
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "evictions", "text"),
+    [
+        (900, 0, "evictions    none since it was opened"),
+        (64, 0, "evictions    0 (0 cells evicted)"),
+    ],
+)
+def test_stats_of_an_opened_session(n_tokens: int, evictions: int, text: str) -> None:
+    from capkv_local.cache import KVCacheStats
+    from capkv_local.cli.display import stats_text
+
+    stats = KVCacheStats(
+        "capkv", "global", 64, n_tokens, 64, 576, (30, 120), 65536, 1024000, evictions=evictions
+    )
+    assert text in stats_text(stats).splitlines()
