@@ -13,6 +13,7 @@ from capkv_local.citations import Evidence
 from capkv_local.errors import PolicyError
 from capkv_local.llama import Llama
 from capkv_local.native import Stat
+from capkv_local.policies.base import F32
 
 # Queries that are evaluated together at most, and how many are observed where a policy needs none.
 _QUERIES = 64
@@ -28,17 +29,20 @@ class Attended:
     llama
         Its protected tokens are the documents.
     n_prompt
-        Tokens up to the end of the question. The last of them is the first query that counts: the
-        answer's first token comes from it.
+        Tokens up to the end of the question.
+    n_between
+        The last of these, which the template puts between question and answer.
 
     Attributes
     ----------
     evidence
         Of every protected token, ``[n_protected]``: the square of the most attention that it got
-        from any query, summed over all layers and heads (and over every 64 queries of a longer
-        answer). A head that looks something up gives most of its attention to a few cells for one
-        or two queries; what all queries give to cells that are always looked at, a sum over them
-        would favour. Layers with sliding windows are not among them.
+        from any query of the answer beyond what it got from those before the answer, summed over
+        all layers and heads (and over every 64 queries of a longer answer). A head that looks
+        something up gives most of its attention to a few cells for one or two queries; what all
+        queries give to cells that are always looked at, a sum over them would favour. Tokens
+        between question and answer ask for nothing: what they look at is looked at always.
+        Layers with sliding windows are not among them.
 
     Raises
     ------
@@ -46,10 +50,12 @@ class Attended:
         See :func:`check_observed`.
     """
 
-    def __init__(self, llama: Llama, n_prompt: int) -> None:
+    def __init__(self, llama: Llama, n_prompt: int, n_between: int) -> None:
         check_observed(llama)
         self._llama = llama
-        self._n_seen = n_prompt - 1
+        self._n_seen = n_prompt
+        self._n_between = n_between
+        self._always: F32 | None = None
         self.evidence: Evidence = np.zeros(llama.n_protected)
         cache = llama._require_cache()
         self._observes = not cache.n_observed  # only now, and only for this
@@ -64,20 +70,25 @@ class Attended:
     def look(self, *, last: bool = False) -> None:
         """To be called before each token is decoded, and when none follows, with ``last``."""
         cache = self._llama._require_cache()
+        most = cache.n_observed or _QUERIES
         n_new = self._llama.n_tokens - self._n_seen
-        if n_new <= 0 or not self.evidence.size:
+        if not self.evidence.size:
             return
-        if last or n_new >= min(_QUERIES, cache.n_observed or _QUERIES):
-            self._add(cache, n_new)
+        if self._always is None:  # the question has been decoded, and nothing behind it
+            self._always = self._attention(cache, min(self._n_between, most))
+        if n_new > 0 and (last or n_new >= min(_QUERIES, most)):
+            more = self._attention(cache, n_new) - self._always
+            self.evidence += (np.maximum(more, 0) ** 2).sum(axis=(0, 1))
             self._n_seen = self._llama.n_tokens
 
-    def _add(self, cache: CompactCache, n_queries: int) -> None:
+    def _attention(self, cache: CompactCache, n_queries: int) -> F32:
+        """The most that any of the last queries gives, ``[n_layer, n_head_kv, n_protected]``."""
         positions = cache.kv.positions()  # [n_layer, n_head_kv, n_cells]
         most = cache.kv.score(Stat.ATTN_MAX, n_cells=positions.shape[-1], n_queries=n_queries)
-        n = self.evidence.size
-        for held, attention in zip(positions, most, strict=True):
-            cells = (held >= _SINKS) & (held < n)
-            self.evidence += np.bincount(held[cells], attention[cells] ** 2, minlength=n)
+        out = np.zeros((*positions.shape[:2], self.evidence.size), np.float32)
+        held = np.nonzero((positions >= _SINKS) & (positions < self.evidence.size))
+        out[held[0], held[1], positions[held]] = most[held]
+        return out
 
 
 def check_observed(llama: Llama) -> None:

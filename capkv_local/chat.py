@@ -232,7 +232,8 @@ class DocumentChat(SavedChat, CitedChat):
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         prompt = [*llama.input_ids[: llama.n_tokens].tolist(), *turn]
         n_answer = 0
-        attended = Attended(llama, len(prompt)) if self._cite else None
+        n_between = len(self._template.after)
+        attended = Attended(llama, len(prompt), n_between) if self._cite else None
         try:
             for token in llama.generate(prompt, temp=temperature):
                 if attended is not None:

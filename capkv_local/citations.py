@@ -8,7 +8,7 @@ Nothing here knows a model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ WINDOW = 16
 # A passage stands out if its best window has this share of all evidence: so there are at most three
 # that do (docs/citations.md).
 STANDS_OUT = 0.3
+# Of a longer text the rest has more: there the first passage also stands out with a smaller share,
+# if it is so many times that of the next.
+STANDS_ALONE, TIMES_NEXT = 0.2, 3.5
 
 _QUOTE_TOKENS = 48  # before and after the window, to find the ends of its sentence
 _QUOTE_WORDS = 16
@@ -128,11 +131,7 @@ def rank(evidence: Evidence, sources: SourceMap, *, n_window: int = WINDOW) -> l
 
 
 def cite_passages(
-    evidence: Evidence,
-    sources: SourceMap,
-    text: Callable[[range], str],
-    *,
-    stands_out: float = STANDS_OUT,
+    evidence: Evidence, sources: SourceMap, text: Callable[[range], str]
 ) -> list[Citation]:
     """The passages that stand out, the strongest first; none if the answer looked everywhere.
 
@@ -142,14 +141,26 @@ def cite_passages(
         As :func:`rank`.
     text
         Text of tokens.
-    stands_out
-        Least share of a passage.
     """
+    passages = rank(evidence, sources)
     return [
         Citation(p.source.document, p.source.place, p.share, quote(p, evidence, text))
-        for p in rank(evidence, sources)
-        if p.share >= stands_out
+        for p in passages[: _n_standing_out([p.share for p in passages])]
     ]
+
+
+def _n_standing_out(shares: Sequence[float]) -> int:
+    """How many of the shares, in descending order, stand out.
+
+    Examples
+    --------
+    >>> [_n_standing_out(s) for s in ([0.4, 0.35, 0.1], [0.25, 0.05], [0.25, 0.2])]
+    [2, 1, 0]
+    """
+    n = sum(share >= STANDS_OUT for share in shares)
+    if n == 0 and shares and shares[0] >= STANDS_ALONE:
+        n = int(shares[0] >= TIMES_NEXT * max(shares[1:], default=0.0))
+    return n
 
 
 def quote(passage: Passage, evidence: Evidence, text: Callable[[range], str]) -> str:
