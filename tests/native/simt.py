@@ -7,17 +7,17 @@ import functools
 import hashlib
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
-from lib import sdist
-from lib.config import cache_root
-from lib.patchset import Tree, apply_series
-from lib.series import load_series
+
+from lib.patchedtree import patched_tree, read_files
 from lib.tools import cxx_compiler
 
 from .ggml import F32, U8
@@ -62,24 +62,10 @@ ORDERS = (
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """Text of every file that is compiled, by name.
-
-    They are those of the tree that ``CAPKV_LLAMA_DIR`` names, or of the pinned base with our
-    series applied (nothing is written).
-    """
-    if named := os.environ.get("CAPKV_LLAMA_DIR"):
-        tree = Tree(Path(named))
-    else:
-        series = load_series()
-        base = sdist.base_path(cache_root(), series) / "vendor" / "llama.cpp"
-        tree, _ = apply_series(base, series.patches)
-    texts = {}
-    for name in _TREE_FILES:
-        text = tree.read(name)
-        if text is None:
-            raise FileNotFoundError(f"{tree.root} with our patches has no {name}")
-        texts[Path(name).name] = text
-    return texts | {path.name: path.read_text() for path in _SHIM.iterdir() if path.is_file()}
+    """Text of every file that is compiled, by name: of the patched tree, and of the shim."""
+    texts = read_files(patched_tree(), _TREE_FILES)
+    ours = {path.name: path.read_text() for path in _SHIM.iterdir() if path.is_file()}
+    return {Path(name).name: text for name, text in texts.items()} | ours
 
 
 def build(folder: Path, texts: Mapping[str, str], optimise: str = "-O2") -> Path:
@@ -94,21 +80,21 @@ def build(folder: Path, texts: Mapping[str, str], optimise: str = "-O2") -> Path
     if compiler is None:
         raise RuntimeError("no C++ compiler found; install g++")
     content = repr((sorted(texts.items()), _FLAGS, optimise, compiler))
-    work = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
-    library = work / "simt.so"
+    library = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if library.is_file():
         return library
-    work.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        if name == KERNEL:
-            text = _SHARED.sub(r"\1 (&\2)\3 = simt::shared<\1\3, __LINE__>();", text)
-        (work / name).write_text(text)
-    stage = work / f"{os.getpid()}.so"
-    command = [compiler, *_FLAGS, optimise, "-I.", "harness.cpp", "-o", stage.name]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} in {work}:\n{done.stderr[-4000:]}")
-    stage.replace(library)
+    with tempfile.TemporaryDirectory() as work:
+        for name, text in texts.items():
+            if name == KERNEL:
+                text = _SHARED.sub(r"\1 (&\2)\3 = simt::shared<\1\3, __LINE__>();", text)
+            Path(work, name).write_text(text)
+        command = [compiler, *_FLAGS, optimise, "-I.", "harness.cpp", "-o", library.name]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-4000:]}")
+        stage = folder / f"{library.stem}-{os.getpid()}.part"
+        shutil.copy(Path(work, library.name), stage)
+        stage.replace(library)
     return library
 
 
@@ -157,8 +143,8 @@ class Kernel:
         """
         view = cache[cells, heads]
         n_kv, n_head_kv, row = view.shape
-        first = (cells.indices(len(cache))[0] * cache.shape[1] + heads.indices(cache.shape[1])[0]) * row
         stride = row * cache.shape[1]
+        first = cells.indices(len(cache))[0] * stride + heads.indices(cache.shape[1])[0] * row
         n_bytes = (n_kv - 1) * stride + n_head_kv * row
         data = np.ascontiguousarray(cache).reshape(-1)[first : first + n_bytes]
         w = None if weights is None else np.ascontiguousarray(weights, np.float32)

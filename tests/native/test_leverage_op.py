@@ -11,6 +11,7 @@ from . import ggml
 from .ggml import CACHE_TYPES
 from .leverage import check, expected, random_cache, random_weights
 
+
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
     try:

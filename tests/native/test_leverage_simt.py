@@ -305,8 +305,8 @@ def test_a_missing_barrier_is_noticed(folder: Path, index: int, n_barriers: int)
     assert n_barriers == 7  # one test for each
     texts = _for_probe(simt.sources())
     parts = texts[simt.KERNEL].split(_BARRIER)
-    text = _BARRIER.join(parts[: index + 1]) + _BARRIER.join(["", *parts[index + 1 :]])[13:]
-    broken = texts | {simt.KERNEL: text}
+    parts[index : index + 2] = ["".join(parts[index : index + 2])]
+    broken = texts | {simt.KERNEL: _BARRIER.join(parts)}
     with pytest.raises((AssertionError, KernelError)):
         _probe(folder, broken)
 
@@ -320,7 +320,9 @@ def _defined(texts: dict[str, str], name: str, value: str) -> dict[str, str]:
 
 def _few_types(texts: dict[str, str]) -> dict[str, str]:
     """The sources for two cache types, which compile in a quarter of the time."""
-    pattern = r"        case GGML_TYPE_(?!F16|Q4_0)\w+:\n            leverage_score_cuda.*\n +break;\n"
+    pattern = (
+        r"        case GGML_TYPE_(?!F16|Q4_0)\w+:\n            leverage_score_cuda.*\n +break;\n"
+    )
     text, n = re.subn(pattern, "", texts[simt.KERNEL])
     assert n == len(CACHE_TYPES) - 2
     return texts | {simt.KERNEL: text}
@@ -347,6 +349,12 @@ def _probe(folder: Path, texts: dict[str, str]) -> None:
             results.append(got)
         for got in results[1:]:
             np.testing.assert_array_equal(got, results[0])
+    # one cell, where a ridge of 1e-5 shows although there is enough lambda
+    one = ggml.quantize(np.ones((1, 1, 1), np.float32), "F16")
+    w = np.full((1, 1), 10, np.float32)
+    check(
+        kernel.leverage_score(one, "F16", 1, weights=w), *expected(ggml.dequantize(one, "F16"), w)
+    )
     # fewer cells than dimensions: the ridge matters; a value that is not finite
     cache = random_cache(33, 40, 1, d, "F16")
     check(
