@@ -34,8 +34,12 @@ _FLAGS = (
     *("-std=c++17", "-x", "c++", "-shared", "-fPIC", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
     "-Wno-unused-variable",  # the tables of ggml-common.h
+    *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
 )
-_SHARED = re.compile(r"__shared__\s+(\w+)\s+(\w+)\s*((?:\[[^\]]+\])+);")
+_SHARED = re.compile(
+    r"__shared__\s+(?:__align__\((?P<align>\d+)\)\s+)?"
+    r"(?P<type>\w+)\s+(?P<name>\w+)\s*(?P<size>(?:\[[^\]]+\])+);"
+)
 
 
 class KernelError(Exception):
@@ -86,7 +90,7 @@ def build(folder: Path, texts: Mapping[str, str], optimise: str = "-O2") -> Path
     with tempfile.TemporaryDirectory() as work:
         for name, text in texts.items():
             if name == KERNEL:
-                text = _SHARED.sub(r"\1 (&\2)\3 = simt::shared<\1\3, __LINE__>();", text)
+                text = _SHARED.sub(_reference, text)
             Path(work, name).write_text(text)
         command = [compiler, *_FLAGS, optimise, "-I.", "harness.cpp", "-o", library.name]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
@@ -96,6 +100,13 @@ def build(folder: Path, texts: Mapping[str, str], optimise: str = "-O2") -> Path
         shutil.copy(Path(work, library.name), stage)
         stage.replace(library)
     return library
+
+
+def _reference(array: re.Match[str]) -> str:
+    """A shared array as a reference into the memory that the shim fills with NaN."""
+    kind, size = array["type"], array["size"]
+    align = array["align"] or f"alignof({kind})"
+    return f"{kind} (&{array['name']}){size} = simt::shared<{kind}{size}, {align}, __LINE__>();"
 
 
 class _Call(ct.Structure):

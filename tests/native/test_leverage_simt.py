@@ -268,7 +268,7 @@ MISTAKES = {
     ),
     "pivot of a dead dimension": ("pivot > 0.0f ? rsqrtf(pivot) : 0.0f", "rsqrtf(pivot)"),
     "a row of the elimination": ("int r = k + 1; r < LEVERAGE_STEP", "int r = k + 2; r < 32"),
-    "first block of the identity": ("k0 < row0) {", "k0 <= row0) {"),
+    "first block of the identity": ("active && k0 >= row0;", "active && k0 > row0;"),
     "upper triangle of U^-T": ("&& k0 + 2*k <= c0 + i)", ")"),
     "diagonal of U^-T": ("k0 + 2*k <= c0 + i)", "k0 + 2*k < c0 + i)"),
     "last panel of U^-1": ("c0 < p.dp; c0 += LEVERAGE_TILE", "c0 < p.dp - 32; c0 += 64"),
@@ -277,6 +277,7 @@ MISTAKES = {
     "lanes of the sum": ("warp_reduce_sum<8>", "warp_reduce_sum<16>"),
     "mean over the group": ("(wi*norm[r])/p.n_group", "(wi*norm[r])"),
     "scores that are not finite": ("leverage_finite(wi*norm[r])", "wi*norm[r]"),
+    "vectors from an array of floats": ("__align__(16) float z[", "float z["),
     "a store behind the end": ("            if (i < p.n_kv) {\n                p.dst", "{p.dst"),
 }
 

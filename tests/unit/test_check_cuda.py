@@ -12,14 +12,16 @@ from lib.errors import SetupError
 
 LOG = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z13leverage_gramILi1ELi1EXadL_ZN62_INTERNAL_5537da95_17_\
-leverage_score_cu_0ff2c4e216dequantize_floatI6__halfEEvPKvliR6float2EEEv15leverage_params' for 'sm_86'
+ptxas info    : Compiling entry function '_Z13leverage_gramILi1ELi1EXadL_ZN62_INTERNAL_5537da95_\
+17_leverage_score_cu_0ff2c4e2\
+16dequantize_floatI6__halfEEvPKvliR6float2EEEv15leverage_params' for 'sm_86'
 ptxas info    : Function properties for _Z13leverage_gram
     48 bytes stack frame, 76 bytes spill stores, 64 bytes spill loads
 ptxas info    : Used 96 registers, used 1 barriers, 48 bytes cumulative stack size, 16512 bytes smem
 ptxas info    : Compile time = 265.794 ms
-ptxas info    : Compiling entry function '_Z13leverage_normILi32ELi1EXadL_ZN62_INTERNAL_5537da95_17_\
-leverage_score_cu_0ff2c4e215dequantize_q8_0EPKvliR6float2EEEv15leverage_params' for 'sm_86'
+ptxas info    : Compiling entry function '_Z13leverage_normILi32ELi1EXadL_ZN62_INTERNAL_5537da95_\
+17_leverage_score_cu_0ff2c4e2\
+15dequantize_q8_0EPKvliR6float2EEEv15leverage_params' for 'sm_86'
 ptxas info    : Function properties for _Z13leverage_norm
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 95 registers, used 1 barriers, 17408 bytes smem, 464 bytes cmem[0]

@@ -6,6 +6,8 @@
 // - Shared memory is filled with NaN before each block, device memory when it is allocated.
 // - Device memory has inaccessible pages on both sides, so that an access beside it ends the kernel with an error. Blocks
 //   are flush with one of the two (align_end); inputs are read-only.
+// - Vectors that are not aligned end the kernel with an error (compile with -fsanitize=alignment, and trap). Arrays in
+//   shared memory are aligned as they ask for, and no better.
 // - Threads of a block (warp) that do not all meet at a barrier (shuffle) are an error.
 #pragma once
 
@@ -14,7 +16,6 @@
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <random>
@@ -85,16 +86,18 @@ struct memory {
 
 constexpr size_t RED_ZONE = 512; // bytes before and behind each array that stay as they are
 
-inline char                arena[1 << 20];
+alignas(64) inline char    arena[1 << 20];
 inline size_t              arena_used = RED_ZONE;
 inline std::vector<size_t> red_zones  = { 0 };
 
-// "__shared__ T name;" becomes "T & name = simt::shared<T, __LINE__>();" before the source is compiled
-template <typename T, int line> T & shared() {
+// "__shared__ T name;" becomes "T & name = simt::shared<T, alignof(T), __LINE__>();" before the source is compiled.
+// The array is aligned as asked, and no better
+template <typename T, size_t align, int line> T & shared() {
     static char * data = nullptr;
     if (!data) {
+        arena_used  = (arena_used + 63)/64*64 + align;
         data        = arena + arena_used;
-        arena_used += (sizeof(T) + 63)/64*64;
+        arena_used += sizeof(T);
         red_zones.push_back(arena_used);
         arena_used += RED_ZONE;
     }
@@ -234,10 +237,8 @@ inline bool run_block() {
     }
 }
 
-inline void on_fault(int, siginfo_t * info, void *) {
-    char text[64];
-    snprintf(text, sizeof(text), "access outside of device memory at %p", info->si_addr);
-    error = text;
+inline void on_fault(int signal, siginfo_t *, void *) {
+    error = signal == SIGILL ? "a vector that is not aligned" : "an access outside of device memory";
     siglongjmp(fault, 1);
 }
 
@@ -262,11 +263,12 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
     body     = kernel;
     rng.seed(opt.seed);
 
-    struct sigaction action = {}, old_segv, old_bus;
+    struct sigaction action = {}, old_segv, old_bus, old_ill;
     action.sa_sigaction = on_fault;
     action.sa_flags     = SA_SIGINFO;
     sigaction(SIGSEGV, &action, &old_segv);
     sigaction(SIGBUS,  &action, &old_bus);
+    sigaction(SIGILL,  &action, &old_ill);
 
     bool ok = true;
     if (sigsetjmp(fault, 1) == 0) {
@@ -288,6 +290,7 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
 
     sigaction(SIGSEGV, &old_segv, nullptr);
     sigaction(SIGBUS,  &old_bus,  nullptr);
+    sigaction(SIGILL,  &old_ill,  nullptr);
 }
 
 } // namespace simt
