@@ -27,7 +27,11 @@ typedef void (*dequantize_kernel_t)(const void * vx, const int64_t ib, const int
 template <typename dst_t>
 using dequantize_kq_t = void (*)(const void * vx, const int64_t ib, dst_t * yy, const int tid);
 
-inline float rsqrtf(float x) { return 1.0f/sqrtf(x); }
+// with -use_fast_math off by up to 2 ulp: here, too, in a direction that depends on the argument
+inline float rsqrtf(float x) {
+    const uint32_t hash = __float_as_uint(x)*2654435761u >> 30;
+    return 1.0f/sqrtf(x)*(1.0f + ((int) hash - 1)*0x1p-23f);
+}
 
 inline void ggml_cuda_pdl_sync() {}
 

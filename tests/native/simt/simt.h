@@ -8,6 +8,7 @@
 //   are flush with one of the two (align_end); inputs are read-only.
 // - Vectors that are not aligned end the kernel with an error (compile with -fsanitize=alignment, and trap). Arrays in
 //   shared memory are aligned as they ask for, and no better.
+// - Denormals are flushed to zero, as -use_fast_math does (on x86).
 // - Threads of a block (warp) that do not all meet at a barrier (shuffle) are an error.
 #pragma once
 
@@ -25,6 +26,10 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
+
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #define __global__
 #define __device__
@@ -270,6 +275,11 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
     sigaction(SIGBUS,  &action, &old_bus);
     sigaction(SIGILL,  &action, &old_ill);
 
+#ifdef __SSE__
+    const unsigned csr = _mm_getcsr();
+    _mm_setcsr(csr | 0x8040);
+#endif
+
     bool ok = true;
     if (sigsetjmp(fault, 1) == 0) {
         std::vector<int> order((size_t) grid.x*grid.y*grid.z);
@@ -287,6 +297,10 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
     if (!ok) {
         reset();
     }
+
+#ifdef __SSE__
+    _mm_setcsr(csr);
+#endif
 
     sigaction(SIGSEGV, &old_segv, nullptr);
     sigaction(SIGBUS,  &old_bus,  nullptr);
