@@ -167,6 +167,18 @@ def test_ill_conditioned_caches(kernel: Kernel, d: int, smallest: float, mean: f
     check(got, *expected(ggml.dequantize(cache, "F32"), noise=0.0))
 
 
+@pytest.mark.parametrize("noise", [0.0, 100.0])
+@pytest.mark.parametrize("d", [40, 64, 80, 96, 192])
+def test_the_error_that_test_backend_ops_looks_at(kernel: Kernel, d: int, noise: float) -> None:
+    # Its hardest shapes, and a tenth of the normalised mean square error that it allows.
+    rng = np.random.default_rng(26)
+    cache = ggml.quantize(rng.uniform(-1, 1, (77, 2, d)).astype(np.float32), "F16")
+    w = rng.uniform(-0.25, 1, (2, 77)).astype(np.float32)
+    got = kernel.leverage_score(cache, "F16", d, weights=w, scale=0.5, noise=noise)
+    want, _ = expected(ggml.dequantize(cache, "F16"), w, 0.5, noise)
+    assert np.square(got - want).sum() < 1e-8 * np.square(want).sum()
+
+
 def test_equal_cells_without_noise_share_one_direction(kernel: Kernel) -> None:
     cache = np.repeat(random_cache(20, 1, 1, 128, "F32"), 50, axis=0)
     got = kernel.leverage_score(cache, "F32", 128, noise=0.0)
