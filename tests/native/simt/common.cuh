@@ -33,6 +33,8 @@ inline float rsqrtf(float x) {
     return 1.0f/sqrtf(x)*(1.0f + ((int) hash - 1)*0x1p-23f);
 }
 
+inline void ggml_cuda_pdl_lc() {}
+
 inline void ggml_cuda_pdl_sync() {}
 
 float ggml_cuda_e8m0_to_fp32(uint8_t x); // named in dequantize.cuh, not used here
