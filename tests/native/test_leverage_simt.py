@@ -1,0 +1,380 @@
+"""The CUDA kernel on the CPU against float64, and proof that mistakes in it would be noticed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from . import ggml, simt
+from .ggml import CACHE_TYPES
+from .leverage import check, expected, random_cache, random_weights
+from .simt import ORDERS, Kernel, KernelError, Order
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the shim needs Linux's signals and contexts"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest) -> Path:
+    try:
+        ggml.load()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    cache = request.config.cache
+    assert cache is not None
+    return cache.mkdir("simt")
+
+
+@pytest.fixture(scope="module")
+def kernel(folder: Path) -> Kernel:
+    return Kernel(simt.build(folder, simt.sources()))
+
+
+@pytest.mark.parametrize("n_kv", [1, 7, 77, 513])
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+@pytest.mark.parametrize("kind", CACHE_TYPES)
+def test_types_and_shapes(kernel: Kernel, kind: str, d: int, n_kv: int) -> None:
+    cache = random_cache(1, n_kv, 2, d, kind)
+    w = random_weights(2, 4, n_kv)
+    got = kernel.leverage_score(cache, kind, d, weights=w, order=ORDERS[(d + n_kv) % 2])
+    check(got, *expected(ggml.dequantize(cache, kind), w))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("d", [1, 7, 8, 33, 40, 72, 80, 96, 192, 200, 576])
+def test_head_sizes_beside_the_usual_ones(kernel: Kernel, d: int, kind: str) -> None:
+    cache = random_cache(3, 130, 2, d, kind)
+    got = kernel.leverage_score(cache, kind, d)
+    check(got, *expected(ggml.dequantize(cache, kind)))
+
+
+@pytest.mark.parametrize(("n_head_kv", "group"), [(1, 1), (3, 1), (3, 3), (2, 8), (1, 40)])
+@pytest.mark.parametrize("n_kv", [5, 300])
+def test_query_heads_are_averaged(kernel: Kernel, n_head_kv: int, group: int, n_kv: int) -> None:
+    cache = random_cache(4, n_kv, n_head_kv, 64, "Q8_0")
+    w = random_weights(5, n_head_kv * group, n_kv)
+    got = kernel.leverage_score(cache, "Q8_0", 64, weights=w, scale=3.0, noise=0.5)
+    check(got, *expected(ggml.dequantize(cache, "Q8_0"), w, 3.0, 0.5))
+
+
+@pytest.mark.parametrize("kind", CACHE_TYPES)
+@pytest.mark.parametrize("order", ORDERS[:2], ids=["end", "begin"])
+def test_a_view_reads_nothing_beside_itself(kernel: Kernel, kind: str, order: Order) -> None:
+    cells, heads = slice(3, 80), slice(1, 3)
+    cache = np.full_like(random_cache(8, 90, 4, 64, kind), 0xFF)  # NaN in the float types
+    inner = random_cache(9, 77, 2, 64, kind)
+    cache[cells, heads] = inner
+    w = random_weights(10, 2, 77)
+    got = kernel.leverage_score(
+        cache, kind, 64, weights=w, cells=cells, heads=heads, order=order
+    )  # before the first byte of the view and behind its last no page is readable
+    np.testing.assert_array_equal(got, kernel.leverage_score(inner, kind, 64, weights=w))
+    check(got, *expected(ggml.dequantize(inner, kind), w))
+
+
+@pytest.mark.parametrize("n_kv", [4096, 30011])
+def test_long_caches(kernel: Kernel, n_kv: int) -> None:
+    cache = random_cache(11, n_kv, 1, 64, "F16")
+    w = random_weights(12, 2, n_kv)
+    got = kernel.leverage_score(cache, "F16", 64, weights=w)
+    check(got, *expected(ggml.dequantize(cache, "F16"), w))
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 3, 700), (128, 2, 1, 300), (256, 1, 2, 77)])
+def test_no_order_of_threads_and_blocks_changes_a_bit(
+    kernel: Kernel, shape: tuple[int, int, int, int]
+) -> None:
+    d, n_head_kv, group, n_kv = shape
+    cache = random_cache(13, n_kv, n_head_kv, d, "Q8_0")
+    w = random_weights(14, n_head_kv * group, n_kv)
+    one = kernel.leverage_score(cache, "Q8_0", d, weights=w)
+    for order in (*ORDERS[1:], *(Order(order=2, seed=seed) for seed in range(10, 14))):
+        got = kernel.leverage_score(cache, "Q8_0", d, weights=w, order=order)
+        np.testing.assert_array_equal(got, one)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LEVERAGE_MAX_FLOATS", "1"),  # one KV head at a time
+        ("LEVERAGE_MAX_FACTOR", "64"),  # several rounds over the columns
+        ("LEVERAGE_MIN_CELLS", "32"),  # many blocks of cells
+        ("LEVERAGE_BLOCKS", "1"),  # few
+    ],
+)
+def test_splits_are_only_splits(folder: Path, name: str, value: str) -> None:
+    variant = Kernel(simt.build(folder, _few_types(_defined(simt.sources(), name, value)), "-O1"))
+    cache = random_cache(6, 333, 3, 128, "F16")
+    w = random_weights(7, 6, 333)
+    got = variant.leverage_score(cache, "F16", 128, weights=w)
+    check(got, *expected(ggml.dequantize(cache, "F16"), w))
+
+
+def test_no_weights_means_ones(kernel: Kernel) -> None:
+    cache = random_cache(15, 200, 2, 64, "F16")
+    ones = np.ones((2, 200), np.float32)
+    np.testing.assert_array_equal(
+        kernel.leverage_score(cache, "F16", 64, scale=0.3),
+        kernel.leverage_score(cache, "F16", 64, scale=0.3, weights=ones),
+    )
+
+
+def test_negative_and_nan_weights_count_as_zero(kernel: Kernel) -> None:
+    cache = random_cache(16, 300, 2, 64, "F16")
+    w = random_weights(17, 2, 300)
+    bad = w.copy()
+    bad[:, ::3], w[:, ::3] = -1.0, 0.0
+    bad[:, 1::3], w[:, 1::3] = np.nan, 0.0
+    got = kernel.leverage_score(cache, "F16", 64, weights=bad)
+    np.testing.assert_array_equal(got, kernel.leverage_score(cache, "F16", 64, weights=w))
+    assert not got[w == 0].any()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_zero_weights_give_zero(kernel: Kernel, noise: float) -> None:
+    cache = random_cache(18, 150, 2, 64, "F16")
+    w = np.zeros((2, 150), np.float32)
+    assert not kernel.leverage_score(cache, "F16", 64, weights=w, noise=noise).any()
+    assert not kernel.leverage_score(cache, "F16", 64, scale=0.0, noise=noise).any()
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("n_kv", [1, 20, 63])
+def test_fewer_cells_than_dimensions_without_noise(kernel: Kernel, n_kv: int, d: int) -> None:
+    cache = random_cache(19, n_kv, 1, d, "F32")
+    got = kernel.leverage_score(cache, "F32", d, noise=0.0)
+    check(got, *expected(ggml.dequantize(cache, "F32"), noise=0.0))
+    np.testing.assert_allclose(got, 1.0, atol=1e-2)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_ill_conditioned_caches(kernel: Kernel, d: int, smallest: float, mean: float) -> None:
+    # The factorization is in float32, unlike the CPU's: here its errors would show.
+    rng = np.random.default_rng(25)
+    basis, _ = np.linalg.qr(rng.standard_normal((d, d)))
+    x = rng.standard_normal((400, d)) * np.geomspace(1, smallest, d) @ basis * 10 + mean
+    cache = ggml.quantize(x[:, None].astype(np.float32), "F32")
+    got = kernel.leverage_score(cache, "F32", d, noise=0.0)
+    check(got, *expected(ggml.dequantize(cache, "F32"), noise=0.0))
+
+
+@pytest.mark.parametrize("noise", [0.0, 100.0])
+@pytest.mark.parametrize("d", [40, 64, 80, 96, 192])
+def test_the_error_that_test_backend_ops_looks_at(kernel: Kernel, d: int, noise: float) -> None:
+    # Its hardest shapes, and a tenth of the normalised mean square error that it allows.
+    rng = np.random.default_rng(26)
+    cache = ggml.quantize(rng.uniform(-1, 1, (77, 2, d)).astype(np.float32), "F16")
+    w = rng.uniform(-0.25, 1, (2, 77)).astype(np.float32)
+    got = kernel.leverage_score(cache, "F16", d, weights=w, scale=0.5, noise=noise)
+    want, _ = expected(ggml.dequantize(cache, "F16"), w, 0.5, noise)
+    assert np.square(got - want).sum() < 1e-8 * np.square(want).sum()
+
+
+def test_equal_cells_without_noise_share_one_direction(kernel: Kernel) -> None:
+    cache = np.repeat(random_cache(20, 1, 1, 128, "F32"), 50, axis=0)
+    got = kernel.leverage_score(cache, "F32", 128, noise=0.0)
+    np.testing.assert_allclose(got, 1 / 50, rtol=1e-4)
+
+
+def test_dimensions_without_content_are_left_out(kernel: Kernel) -> None:
+    x = np.random.default_rng(21).standard_normal((200, 1, 64)).astype(np.float32)
+    x[:, :, 10:30] = 0
+    got = kernel.leverage_score(ggml.quantize(x, "F32"), "F32", 64, noise=0.0)
+    check(got, *expected(x.astype(np.float64), noise=0.0))
+    assert got.sum() == pytest.approx(44, rel=1e-4)  # the rank
+
+
+def test_outlier_channels_keep_the_noise_of_the_others(kernel: Kernel) -> None:
+    x = np.random.default_rng(22).standard_normal((400, 1, 64)).astype(np.float32)
+    x[:, :, 5] *= 300
+    got = kernel.leverage_score(ggml.quantize(x, "F32"), "F32", 64)
+    check(got, *expected(x.astype(np.float64)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_never_nan(kernel: Kernel, value: float, noise: float) -> None:
+    x = np.random.default_rng(23).standard_normal((200, 2, 64)).astype(np.float32)
+    x[17, 0, 3] = value
+    got = kernel.leverage_score(ggml.quantize(x, "F32"), "F32", 64, noise=noise)
+    assert np.isfinite(got).all()
+    check(got[1:], *expected(x[:, 1:].astype(np.float64), noise=noise))  # the other head is right
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+def test_extreme_scales(kernel: Kernel, scale: float) -> None:
+    cache = random_cache(24, 200, 1, 64, "F16")
+    got = kernel.leverage_score(cache, "F16", 64, scale=scale)
+    want, condition = expected(ggml.dequantize(cache, "F16"), scale=scale)
+    np.testing.assert_allclose(got, want, rtol=min(1e-6 + 1e-7 * condition, 1e-2))
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    kind=st.sampled_from(CACHE_TYPES),
+    blocks=st.integers(1, 5),
+    n_head_kv=st.integers(1, 4),
+    group=st.integers(0, 4),
+    n_kv=st.integers(1, 600),
+    before=st.integers(0, 3),
+    log_scale=st.floats(-4, 4),
+    noise=st.sampled_from([0.0, 1e-3, 1.0, 50.0]),
+    order=st.builds(Order, st.integers(0, 2), st.integers(0, 99), align_end=st.booleans()),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_random_shapes(
+    kernel: Kernel,
+    kind: str,
+    blocks: int,
+    n_head_kv: int,
+    group: int,
+    n_kv: int,
+    before: int,
+    log_scale: float,
+    noise: float,
+    order: Order,
+    seed: int,
+) -> None:
+    d = 32 * blocks
+    cache = random_cache(seed, n_kv + 2 * before, n_head_kv, d, kind)
+    w = random_weights(seed, n_head_kv * group, n_kv) if group else None
+    cells, scale = slice(before, before + n_kv), 10.0**log_scale
+    got = kernel.leverage_score(
+        cache, kind, d, weights=w, scale=scale, noise=noise, cells=cells, order=order
+    )
+    check(got, *expected(ggml.dequantize(cache[cells], kind), w, scale, noise))
+
+
+# --- mistakes ----------------------------------------------------------------------------------
+
+_BARRIER = "__syncthreads();"
+
+MISTAKES = {
+    "last cell of a block": ("i < last ? leverage_weight", "i < last - 1 ? leverage_weight"),
+    "last block of cells": ("is < p.n_split; ++is", "is < p.n_split - 1; ++is"),
+    "one of four partial sums": ("(sum[2] + sum[3])", "sum[2]"),
+    "last step of a block": ("first + p.n_cells)", "first + p.n_cells - LEVERAGE_STEP)"),
+    "a cell too many": ("i0 + i < p.n_kv ? p.d : 0", "i0 + i <= p.n_kv ? p.d : 0"),
+    "a column too many": ("if (i0 < d) {", "if (i0 <= d) {"),
+    "a column too few": ("if (i0 < d) {", "if (i0 < d - 2) {"),
+    "weights on one side only": ("y[i][c.x] = wi*v.x;", "y[i][c.x] = v.x;"),
+    "weights of another head": ("leverage_weight(p, head, i)", "leverage_weight(p, 0, i)"),
+    "tile of the wrong row": ("i0, tr*LEVERAGE_TILE, x, y", "i0, tc*LEVERAGE_TILE, x, y"),
+    "ridge": ("fmaxf(p.lambda, LEVERAGE_EPS*a)", "p.lambda"),
+    "ridge on top of lambda": (
+        "fmaxf(p.lambda, LEVERAGE_EPS*a)",
+        "p.lambda + LEVERAGE_EPS*a",
+    ),
+    "pivot of a dead dimension": ("pivot > 0.0f ? rsqrtf(pivot) : 0.0f", "rsqrtf(pivot)"),
+    "a row of the elimination": ("int r = k + 1; r < LEVERAGE_STEP", "int r = k + 2; r < 32"),
+    "first block of the identity": ("active && k0 >= row0;", "active && k0 > row0;"),
+    "upper triangle of U^-T": ("&& k0 + 2*k <= c0 + i)", ")"),
+    "diagonal of U^-T": ("k0 + 2*k <= c0 + i)", "k0 + 2*k < c0 + i)"),
+    "last panel of U^-1": ("c0 < p.dp; c0 += LEVERAGE_TILE", "c0 < p.dp - 32; c0 += 64"),
+    "half of a tile": ("LEVERAGE_TILE/2);\n\n    const float av", "0);\n\n    const float av"),
+    "sum over the columns": ("warp_reduce_sum<8>(norm[r])", "norm[r]"),
+    "lanes of the sum": ("warp_reduce_sum<8>", "warp_reduce_sum<16>"),
+    "mean over the group": ("(wi*norm[r])/p.n_group", "(wi*norm[r])"),
+    "scores that are not finite": ("leverage_finite(wi*norm[r])", "wi*norm[r]"),
+    "vectors from an array of floats": ("__align__(16) float z[", "float z["),
+    "a store behind the end": ("            if (i < p.n_kv) {\n                p.dst", "{p.dst"),
+}
+
+
+@pytest.fixture(scope="module")
+def n_barriers() -> int:
+    return simt.sources()[simt.KERNEL].count(_BARRIER)
+
+
+def test_the_unbroken_kernel_passes(folder: Path) -> None:
+    _probe(folder, _for_probe(simt.sources()))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_noticed(folder: Path, name: str) -> None:
+    texts = _for_probe(simt.sources())
+    before, after = MISTAKES[name]
+    assert texts[simt.KERNEL].count(before) == 1, f"{before!r} is not in the kernel once"
+    broken = texts | {simt.KERNEL: texts[simt.KERNEL].replace(before, after)}
+    with pytest.raises((AssertionError, KernelError)):
+        _probe(folder, broken)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_a_missing_barrier_is_noticed(folder: Path, index: int, n_barriers: int) -> None:
+    assert n_barriers == 7  # one test for each
+    texts = _for_probe(simt.sources())
+    parts = texts[simt.KERNEL].split(_BARRIER)
+    parts[index : index + 2] = ["".join(parts[index : index + 2])]
+    broken = texts | {simt.KERNEL: _BARRIER.join(parts)}
+    with pytest.raises((AssertionError, KernelError)):
+        _probe(folder, broken)
+
+
+def _defined(texts: dict[str, str], name: str, value: str) -> dict[str, str]:
+    """The sources with another value of a constant."""
+    text, n = re.subn(rf"(#define {name}\s+).*", rf"\g<1>{value}", texts[simt.KERNEL])
+    assert n == 1
+    return texts | {simt.KERNEL: text}
+
+
+def _few_types(texts: dict[str, str]) -> dict[str, str]:
+    """The sources for two cache types, which compile in a quarter of the time."""
+    pattern = (
+        r"        case GGML_TYPE_(?!F16|Q4_0)\w+:\n            leverage_score_cuda.*\n +break;\n"
+    )
+    text, n = re.subn(pattern, "", texts[simt.KERNEL])
+    assert n == len(CACHE_TYPES) - 2
+    return texts | {simt.KERNEL: text}
+
+
+def _for_probe(texts: dict[str, str]) -> dict[str, str]:
+    # Blocks of two steps, so that few cells make enough of them.
+    return _few_types(_defined(texts, "LEVERAGE_MIN_CELLS", "64"))
+
+
+def _probe(folder: Path, texts: dict[str, str]) -> None:
+    """A few small cases in which every line of the kernel matters."""
+    kernel = Kernel(simt.build(folder, texts, "-O0"))
+    n, d = 330, 96
+    for kind, noise in (("F16", 0.0), ("Q4_0", 1e-3)):
+        cache = random_cache(31, n, 2, d, kind)
+        if kind == "F16":
+            cache[:, :, : 2 * 2] = 0  # two dead dimensions
+        w = random_weights(32, 4, n)
+        results = []
+        for order in ORDERS if kind == "F16" else ORDERS[:1]:
+            got = kernel.leverage_score(cache, kind, d, weights=w, noise=noise, order=order)
+            check(got, *expected(ggml.dequantize(cache, kind), w, noise=noise))
+            results.append(got)
+        for got in results[1:]:
+            np.testing.assert_array_equal(got, results[0])
+    # one cell, where a ridge of 1e-5 shows although there is enough lambda
+    one = ggml.quantize(np.ones((1, 1, 1), np.float32), "F16")
+    w = np.full((1, 1), 10, np.float32)
+    check(
+        kernel.leverage_score(one, "F16", 1, weights=w), *expected(ggml.dequantize(one, "F16"), w)
+    )
+    # fewer cells than dimensions: the ridge matters; a value that is not finite
+    cache = random_cache(33, 40, 1, d, "F16")
+    check(
+        kernel.leverage_score(cache, "F16", d, noise=0.0),
+        *expected(ggml.dequantize(cache, "F16"), noise=0.0),
+    )
+    x = np.ones((3, 1, d), np.float32)
+    x[1] = np.inf
+    got = kernel.leverage_score(ggml.quantize(x, "F16"), "F16", d)
+    assert np.isfinite(got).all()
