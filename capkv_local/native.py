@@ -260,7 +260,7 @@ def gguf_layout(path: str | Path) -> tuple[int, list[tuple[int, int]]] | None:
 
     None if llama.cpp cannot read what stands before them.
     """
-    lib, pointer, size = _library("ggml-base"), ctypes.c_void_p, ctypes.c_size_t
+    lib, pointer, size = library("ggml-base"), ctypes.c_void_p, ctypes.c_size_t
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GGUFParams]
     lib.gguf_init_from_file.restype = pointer
     lib.gguf_free.argtypes, lib.gguf_get_data_offset.argtypes = [pointer], [pointer]
@@ -520,8 +520,13 @@ def doctor() -> dict[str, Any]:
     Keys: ``library``, ``patched``, ``abi``, ``features``, ``devices``, ``system_info``,
     ``problems`` (one sentence each).
     """
+    from capkv_local.devices import local_devices  # built on this module
+
     problems: list[str] = []
     abi: int | None = None
+    devices: list[dict[str, str]] = []
+    with contextlib.suppress(NativeBuildMissing):
+        devices = [{"name": d.name, "description": d.description} for d in local_devices()]
     try:
         abi = int(_functions()["llama_memory_evict_abi"]())
     except CapKVError as error:
@@ -531,32 +536,14 @@ def doctor() -> dict[str, Any]:
         "patched": abi is not None,
         "abi": abi,
         "features": [stat.name.lower() for stat in Stat] if abi is not None else [],
-        "devices": _devices(),
+        "devices": devices,
         "system_info": llama_cpp.llama_print_system_info().decode(errors="replace").strip(),
         "problems": problems,
     }
 
 
-def _library(name: str) -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
     """Another library of the build that is loaded."""
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     prefix = "" if os.name == "nt" else "lib"
     return ctypes.CDLL(str(Path(library_path()).parent / f"{prefix}{name}{suffix}"))
-
-
-def _devices() -> list[dict[str, str]]:
-    """Devices that ggml registered, by name; empty where the library does not export the list."""
-    try:
-        lib, base_lib = _library("ggml"), _library("ggml-base")
-        count, get = lib.ggml_backend_dev_count, lib.ggml_backend_dev_get
-        name, description = base_lib.ggml_backend_dev_name, base_lib.ggml_backend_dev_description
-    except (OSError, AttributeError):
-        return []
-    count.restype = ctypes.c_size_t
-    get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
-    for function in (name, description):
-        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
-    return [
-        {"name": name(device).decode(), "description": description(device).decode()}
-        for device in map(get, range(count()))
-    ]

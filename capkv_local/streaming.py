@@ -25,6 +25,7 @@ from capkv_local.errors import (
 )
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.native import F32
+from capkv_local.placed import PlacedLlama
 from capkv_local.policies.base import Reduce
 from capkv_local.probe import Probe
 from capkv_local.protection import Protection
@@ -42,7 +43,7 @@ class _Observers:
     n_scratch: int  # cells that are kept free for them
 
 
-class StreamingLlama(llama_cpp.Llama):
+class StreamingLlama(PlacedLlama):
     """:class:`llama_cpp.Llama` whose tokens stream through ``self._cache``, if there is one."""
 
     _cache: CompactCache | None
