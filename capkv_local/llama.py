@@ -88,8 +88,9 @@ class Llama(ProtectedLlama):
     kv_room
         Cells beyond ``kv_budget + n_batch``: how many tokens are generated between evictions.
     **kwargs
-        As :class:`llama_cpp.Llama`, and ``rpc_servers`` as
-        :class:`~capkv_local.placed.PlacedLlama`. Flash attention is on unless the cache is the stock one.
+        As :class:`llama_cpp.Llama`, and ``rpc_servers`` of
+        :class:`~capkv_local.placed.PlacedLlama`. Flash attention is on unless the cache is the
+        stock one.
 
     Raises
     ------
@@ -471,6 +472,12 @@ def _check_settings(flash_attn: bool | None, kwargs: dict[str, Any], kv_room: in
         raise UnsupportedModel(
             "flash_attn=False stores values transposed, which cannot be evicted per head: "
             "leave flash_attn out, or use kv_policy=None"
+        )
+    if kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR:
+        raise UnsupportedModel(
+            "split_mode=LLAMA_SPLIT_MODE_TENSOR shares the heads of every layer out over the "
+            "devices, which a cache of rows per head does not follow: leave split_mode out (whole "
+            "layers), or use kv_policy=None"
         )
     if kwargs.get("embedding"):
         raise UnsupportedModel("embedding=True needs the stock cache: use kv_policy=None")

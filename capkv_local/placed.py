@@ -11,6 +11,7 @@ import llama_cpp
 
 from capkv_local import rpc
 from capkv_local.devices import handles, offload_devices
+from capkv_local.errors import UnsupportedModel
 
 
 def offloads(settings: Mapping[str, Any]) -> bool:
@@ -41,6 +42,8 @@ class PlacedLlama(llama_cpp.Llama):
     ------
     ServerError
         A server is out of reach, busy, or of another build.
+    UnsupportedModel
+        A ``split_mode`` that servers do not have.
     """
 
     # Of the class: __del__ of the parent closes also what was never made.
@@ -57,6 +60,11 @@ class PlacedLlama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         if rpc_servers:
+            if kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_ROW:
+                raise UnsupportedModel(
+                    "split_mode=LLAMA_SPLIT_MODE_ROW needs parts of matrices on each device, and "
+                    "RPC servers hold whole ones: leave split_mode out (whole layers)"
+                )
             self.rpc_servers = rpc_servers
             self._servers = contextlib.ExitStack()
             theirs = self._servers.enter_context(rpc.connected(rpc_servers))

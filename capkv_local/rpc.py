@@ -2,8 +2,9 @@
 
 ggml ends the program when a server is not there, is of another version, or is gone in the middle.
 The first two are found here before ggml is asked: :func:`check` shakes hands as ggml does, and
-whatever is wrong becomes a :class:`~capkv_local.errors.ServerError`. The third cannot be caught; see
-:func:`explain_loss`.
+whatever is wrong becomes a :class:`~capkv_local.errors.ServerError`. The third cannot be caught: it
+happens deep inside of a computation, whose memory is lost with the server anyway. A sentence that
+says so is all there is (:func:`loss`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _endpoint(name: str) -> str:
     return f"{match[1]}:{port}"
 
 
-def version(endpoint: str, timeout_s: float = _TIMEOUT_S) -> tuple[int, int, int]:
+def version(endpoint: str) -> tuple[int, int, int]:
     """The version of llama.cpp's RPC protocol that a server speaks.
 
     Raises
@@ -89,7 +90,7 @@ def version(endpoint: str, timeout_s: float = _TIMEOUT_S) -> tuple[int, int, int
     start = f"start one there with: capkv rpc-server --port {port}"
     try:
         connection = socket.create_connection(
-            (socket.gethostbyname(host), int(port)), timeout=timeout_s
+            (socket.gethostbyname(host), int(port)), timeout=_TIMEOUT_S
         )
     except socket.gaierror as error:
         raise ServerError(f"RPC server {endpoint}: there is no host '{host}'") from error
@@ -164,7 +165,7 @@ def connected(servers: Servers) -> Iterator[list[Device]]:
         for name in names:
             if not _open[name]:
                 check(name)
-        explain_loss(_tell_loss)
+        devices.on_abort(_tell_loss)
         found = [device for name in names for device in devices.server_devices(name)]
         _open.update(names)
     try:
@@ -182,17 +183,22 @@ def is_in_use() -> bool:
 # -- a server that is gone -------------------------------------------------------------------------
 
 
-def explain_loss(tell: Callable[[str], None]) -> None:
-    """Have ``tell`` called, with ggml's reason, when ggml ends the program.
+_exits = False
 
-    It does so when a server is gone in the middle: replies that will never come are waited for
-    deep inside of a computation, and the memory of the session that was there is lost anyway.
-    """
-    devices.on_abort(tell)
+
+def exit_on_loss() -> None:
+    """End the program with exit code 1, as after other errors; ggml's way is a core dump."""
+    global _exits
+    _exits = True
 
 
 def _tell_loss(reason: str) -> None:
-    print(f"capkv: error: {loss(reason)}", file=sys.stderr, flush=True)
+    """Called by ggml before it ends the program, from any thread."""
+    if sys.stderr is not None:
+        shown = "\x1b[?25h\r" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+        print(f"{shown}capkv: error: {loss(reason)}", file=sys.stderr, flush=True)
+    if _exits:
+        os._exit(1)
 
 
 def loss(reason: str) -> str:
@@ -245,11 +251,12 @@ def serve(
     """
     chosen = _chosen(names)
     address = _address(host, port)
+    folder = None if cache is None else str(cache)
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
     endpoint = f"{address}:{port}"
     ready(endpoint, chosen)
-    devices.serve(endpoint, chosen, n_threads or os.cpu_count() or 1, cache and str(cache))
+    devices.serve(endpoint, chosen, n_threads or os.cpu_count() or 1, folder)
     raise ServerError(f"llama.cpp could not serve at {endpoint}; what it said stands above")
 
 
