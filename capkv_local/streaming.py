@@ -234,6 +234,7 @@ class StreamingLlama(PlacedLlama):
                 known[reduce] = self._repeat(cache, probe, n_cells, reduce)
             return known[reduce].copy()
 
+        self._wait()
         t_decode_s = self._t_decode_s
         try:
             # The question counts as seen: the observation window lies behind the text.
@@ -305,6 +306,7 @@ class StreamingLlama(PlacedLlama):
                 # No logits are wanted, and the output matrix is a good part of a small model.
                 self._batch.batch.logits[self._batch.n_tokens() - 1] = False
                 self._decode_batch()
+            self._wait()  # scores are next
         finally:
             cache.pause_mean(False)
 
@@ -330,6 +332,12 @@ class StreamingLlama(PlacedLlama):
             ) from error
         finally:
             self._t_decode_s += time.perf_counter() - t0
+
+    def _wait(self) -> None:
+        """See a device finish what it decodes, so that the time counts as decoding."""
+        t0 = time.perf_counter()
+        llama_cpp.llama_synchronize(self._ctx.ctx)
+        self._t_decode_s += time.perf_counter() - t0
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         try:
