@@ -235,11 +235,10 @@ class _Steps:
         n = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
         n_passed = n["tests"] - n["failures"] - n["errors"] - n["skipped"]
         said = f"{n_passed} of {n['tests']} tests pass, {n['skipped']} skipped"
-        ties = [f"{case.get('name')}: {line}" for case in suite for line in _ties(case)]
         return Section(
             command=f"{_VARIABLE}={where} scripts/test {' '.join(TESTS)}",
             said=said + (f"\n{failure}" if failure else ""),
-            block="\n".join(ties),
+            block=_ties(suite),
             ok=not failure and n_passed > 0,
         )
 
@@ -258,15 +257,32 @@ class _Steps:
             options += ["--rpc", self.plan.rpc] if self.plan.rpc else []
             output = self._python(script, "--json", *options)
         result = json.loads(output.splitlines()[-1])
-        table, said, ok = benchmark_table(result)
+        table, said, ok = benchmark_table(result, judged=self.plan.rpc is None)
         return Section(
             command=f"scripts/bench-decode {shlex.join(options)}", said=said, table=table, ok=ok
         )
 
 
-def _ties(case: ET.Element) -> list[str]:
-    text = case.findtext("system-out") or ""
-    return [line for line in text.splitlines() if "kept cells differ" in line]
+_TIES = re.compile(r"(\d+) of ([\d,]+) kept cells differ, largest relative difference (\S+)")
+
+
+def _ties(suite: ET.Element) -> str:
+    """Return what the tests print of keep lists: the sum, and those that differ."""
+    n_swapped = n_kept = n_lists = 0
+    worst = 0.0
+    lines = []
+    for case in suite:
+        for line in (case.findtext("system-out") or "").splitlines():
+            for swapped, kept, difference in _TIES.findall(line):
+                n_lists, n_swapped = n_lists + 1, n_swapped + int(swapped)
+                n_kept += int(kept.replace(",", ""))
+                worst = max(worst, float(difference))
+                if int(swapped):
+                    lines.append(f"{case.get('name')}: {line}")
+    if not n_lists:
+        return ""
+    head = f"keep lists, CPU and device: {n_swapped} of {n_kept:,} kept cells differ, "
+    return "\n".join([f"{head}largest relative difference {worst:.1e}", *lines])
 
 
 _SERVE = """

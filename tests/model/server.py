@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from capkv_local import rpc
@@ -27,9 +27,9 @@ def free_port() -> int:
 
 
 class Server:
-    """``capkv rpc-server`` on a port of its own."""
+    """``capkv rpc-server`` on a port of its own; ``memory`` limits its address space, in bytes."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, memory: int | None = None) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in stop)
         for _ in range(3):
             port = free_port()
@@ -42,6 +42,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
+                preexec_fn=None if memory is None else _limit(memory),
             )
             if self._answers():
                 return
@@ -74,10 +75,16 @@ class Server:
         self._log.close()
 
 
+def _limit(memory: int) -> Callable[[], None]:
+    import resource
+
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
 @contextlib.contextmanager
-def server(*options: str) -> Iterator[Server]:
+def server(*options: str, memory: int | None = None) -> Iterator[Server]:
     """A running server; stopped at the end."""
-    running = Server(*options)
+    running = Server(*options, memory=memory)
     try:
         yield running
     finally:

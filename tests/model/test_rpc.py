@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from capkv_local import CapKVError, Llama, UnsupportedModel, devices, rpc
-from capkv_local.errors import ServerError
+from capkv_local.errors import OutOfMemory, ServerError
 from tests.model import tiny
 from tests.model.conftest import Load, Make
 from tests.model.server import ROOT, Server, free_port, server
@@ -170,6 +170,18 @@ def test_other_models_do_not_get_the_devices_of_servers(
 def test_rows_of_matrices_cannot_be_split(make: Make, running: Server) -> None:
     with pytest.raises(UnsupportedModel, match="LLAMA_SPLIT_MODE_ROW"):
         Llama(make(tiny.llama), rpc_servers=running.endpoint, split_mode=2, **SMALL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address spaces have no limit elsewhere")
+def test_a_server_without_the_memory_goes_on(make: Make, load: Load) -> None:
+    with server(memory=1 << 30) as started:
+        options = {**SMALL, "rpc_servers": started.endpoint}
+        with pytest.raises(OutOfMemory, match="no memory for 3000128 KV cells"):
+            Llama(make(tiny.llama), **{**options, "n_ctx": 4_000_000, "kv_budget": 3_000_000})
+        llama = load(make(tiny.llama), **options)
+        llama.prefill(TOKENS)
+        assert llama.kv_stats().evictions >= 2
+        llama.close()  # before its server
 
 
 # -- in the middle -------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
 from lib.errors import SetupError
-from lib.gpu_check import Plan
+from lib.gpu_check import Plan, _ties
 from lib.gpu_detect import toolchain
 from lib.gpu_report import Report, Section, benchmark_table, device_table
 
@@ -95,7 +96,21 @@ def test_goals_that_are_met_and_missed() -> None:
     assert ok and "not met" not in table and "9 evictions" in said
     slow = {**RESULT, "score_select_evict_share": 0.2, "decode_ratio_to_stock_short": 0.9}
     assert benchmark_table(slow)[0].count("**not met**") == 2
+    assert "goal" not in benchmark_table(slow, judged=False)[0]
     assert not benchmark_table({**RESULT, "evictions": 0})[2]  # it measured nothing of ours
+
+
+def test_keep_lists_are_summed_up() -> None:
+    line = "{} evictions: {} of {} kept cells differ, largest relative difference {}"
+    texts = [line.format(2, 0, "1,000", "0.0e+00"), "", line.format(1, 3, "24", "2.0e-05")]
+    suite = ET.Element("testsuite")
+    for i, text in enumerate(texts):
+        case = ET.SubElement(suite, "testcase", name=f"test_{i}")
+        ET.SubElement(case, "system-out").text = text
+    head, *differing = _ties(suite).splitlines()
+    assert "3 of 1,024 kept cells differ, largest relative difference 2.0e-05" in head
+    assert differing == [f"test_2: {texts[2]}"]
+    assert _ties(ET.Element("testsuite")) == ""
 
 
 def test_a_report_tells_failures_first() -> None:
