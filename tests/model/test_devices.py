@@ -6,7 +6,6 @@ sessions do the same, one on the CPU and one on the device of :mod:`tests.model.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,14 +103,17 @@ def test_every_statistic(make: Make, load: Load, device: Place, kind: str, kept:
     per_kv, per_q = (
         rng.random((info.n_layer, n, n_cells), np.float32) for n in (info.n_head_kv, info.n_head)
     )
+    per_head: dict[str, Any] = {"per_head": True}
+    few: dict[str, Any] = {"n_queries": 7, "stride": 3}
+    weighted: tuple[dict[str, Any], ...] = (
+        {"noise": 1.0},
+        *({"noise": 0.3, "weights": w} for w in (per_kv, per_q)),
+    )
     asked: list[tuple[Stat, dict[str, Any]]] = [
-        *itertools.product(ATTENTION, ({}, {"per_head": True}, {"n_queries": 7, "stride": 3})),
-        *itertools.product((Stat.ANCHOR_COS, Stat.ANCHOR_DOT), ({"n_future": 64},)),
-        *itertools.product((Stat.KEY_NORM, Stat.VALUE_NORM, Stat.KEY_COS), ({},)),
-        *itertools.product(
-            (Stat.LEVERAGE_K, Stat.LEVERAGE_V),
-            ({"noise": 1.0}, {"noise": 0.3, "weights": per_kv}, {"noise": 0.3, "weights": per_q}),
-        ),
+        *((stat, options) for stat in ATTENTION for options in ({}, per_head, few)),
+        *((stat, {"n_future": 64}) for stat in (Stat.ANCHOR_COS, Stat.ANCHOR_DOT)),
+        *((stat, {}) for stat in (Stat.KEY_NORM, Stat.VALUE_NORM, Stat.KEY_COS)),
+        *((stat, options) for stat in (Stat.LEVERAGE_K, Stat.LEVERAGE_V) for options in weighted),
     ]
     assert {stat for stat, _ in asked} == set(Stat)
     for stat, options in asked:

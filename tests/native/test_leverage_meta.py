@@ -33,6 +33,10 @@ _BASE: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_tensor_set": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),
     "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),
     "ggml_backend_graph_compute": (_INT, [_POINTER, _POINTER]),
+    "ggml_backend_get_default_buffer_type": (_POINTER, [_POINTER]),
+    "ggml_gallocr_new": (_POINTER, [_POINTER]),
+    "ggml_gallocr_alloc_graph": (ct.c_bool, [_POINTER, _POINTER]),
+    "ggml_gallocr_free": (None, [_POINTER]),
     "ggml_backend_buffer_free": (None, [_POINTER]),
     "ggml_backend_free": (None, [_POINTER]),
 }
@@ -59,8 +63,8 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.fail("no C compiler found; install gcc")
     library = tmp_path_factory.mktemp("meta") / "split.so"
     source = Path(__file__).parent / "meta" / "split.c"
-    command = [compiler, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source]
-    subprocess.run([*command, library_file("ggml-base"), "-o", library], check=True)
+    command = [compiler, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", str(source)]
+    subprocess.run([*command, str(library_file("ggml-base")), "-o", str(library)], check=True)
     return ct.CDLL(str(library)).split
 
 
@@ -93,11 +97,14 @@ def on_two(c: Any, split: Any, cache: U8, kind: str, d: int, w: F32 | None, head
     if w is not None:
         weights = c["ggml_new_tensor_2d"](ctx, GGMLType.F32.value, n_kv, len(w))
         c["ggml_set_name"](weights, b"w")
+    buffer = c["ggml_backend_alloc_ctx_tensors"](ctx, backend)
+    assert buffer
+    # In a buffer for computing, or we would be asked how the result is cut, and not the operator.
     out = c["ggml_leverage_score"](ctx, u, weights, 2.0, 0.5)
     graph = c["ggml_new_graph"](ctx)
     c["ggml_build_forward_expand"](graph, out)
-    buffer = c["ggml_backend_alloc_ctx_tensors"](ctx, backend)
-    assert buffer
+    allocator = c["ggml_gallocr_new"](c["ggml_backend_get_default_buffer_type"](backend))
+    assert c["ggml_gallocr_alloc_graph"](allocator, graph)
     for tensor, array in ((u, cache), (weights, w)):
         if tensor is not None:
             array = np.ascontiguousarray(array)
@@ -105,6 +112,7 @@ def on_two(c: Any, split: Any, cache: U8, kind: str, d: int, w: F32 | None, head
     assert c["ggml_backend_graph_compute"](backend, graph) == 0
     result = np.empty((n_head_kv, n_kv), np.float32)
     c["ggml_backend_tensor_get"](out, result.ctypes.data, 0, result.nbytes)
+    c["ggml_gallocr_free"](allocator)
     c["ggml_backend_buffer_free"](buffer)
     c["ggml_free"](ctx)
     c["ggml_backend_free"](backend)
