@@ -44,6 +44,7 @@ _ERR_FLASH_ATTN = -9
 _ERR_ALLOC = -19
 
 _LOG_LEVEL_INFO = 2  # GGML_LOG_LEVEL_INFO
+_LOG_LEVEL_WARN = 3
 _LOG_LEVEL_ERROR = 4
 _GGML_TYPE_BF16 = 30
 
@@ -512,6 +513,17 @@ def _show_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
 
 
 llama_cpp.llama_log_set(_show_log, ctypes.c_void_p(0))
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _show_problems(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    if level in (_LOG_LEVEL_WARN, _LOG_LEVEL_ERROR) or "GGML_RPC_DEBUG" in os.environ:
+        print(text.decode(errors="replace"), end="", flush=True, file=sys.stderr)
+
+
+def show_problems() -> None:
+    """Show llama.cpp's warnings and errors from now on: for a server, which has nobody to raise."""
+    llama_cpp.llama_log_set(_show_problems, ctypes.c_void_p(0))
 
 
 def doctor() -> dict[str, Any]:

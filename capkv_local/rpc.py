@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from capkv_local import devices
+from capkv_local import devices, native
 from capkv_local.devices import Device
 from capkv_local.errors import NativeBuildMissing, ServerError
 
@@ -256,6 +256,7 @@ def serve(
         cache.mkdir(parents=True, exist_ok=True)
     endpoint = f"{address}:{port}"
     ready(endpoint, chosen)
+    native.show_problems()
     devices.serve(endpoint, chosen, n_threads or os.cpu_count() or 1, folder)
     raise ServerError(f"llama.cpp could not serve at {endpoint}; what it said stands above")
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from capkv_local import CapKVError, Llama, UnsupportedModel, devices, rpc
-from capkv_local.errors import OutOfMemory, ServerError
+from capkv_local.errors import ContextWarning, OutOfMemory, ServerError
+from capkv_local.native import Stat
 from tests.model import tiny
 from tests.model.conftest import Load, Make
 from tests.model.server import ROOT, Server, free_port, server
@@ -176,12 +177,67 @@ def test_rows_of_matrices_cannot_be_split(make: Make, running: Server) -> None:
 def test_a_server_without_the_memory_goes_on(make: Make, load: Load) -> None:
     with server(memory=1 << 30) as started:
         options = {**SMALL, "rpc_servers": started.endpoint}
-        with pytest.raises(OutOfMemory, match="no memory for 3000128 KV cells"):
-            Llama(make(tiny.llama), **{**options, "n_ctx": 4_000_000, "kv_budget": 3_000_000})
+        large = {**options, "n_ctx": 4_000_000, "kv_budget": 3_000_000}
+        with (
+            pytest.warns(ContextWarning),
+            pytest.raises(OutOfMemory, match="no memory for 3000128 KV cells"),
+        ):
+            Llama(make(tiny.llama), **large)
         llama = load(make(tiny.llama), **options)
         llama.prefill(TOKENS)
         assert llama.kv_stats().evictions >= 2
         llama.close()  # before its server
+
+
+def test_a_token_crosses_no_more_often_than_with_the_stock_cache(
+    make: Make, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all layers: what is sent waits for the device, on a GPU as well as here."""
+    monkeypatch.setenv("GGML_RPC_DEBUG", "1")
+    path = make(tiny.llama, n_layer=6, n_head=6, n_head_kv=3)
+    sent = {}
+    for name, options in (("stock", {"kv_policy": None, "flash_attn": True}), ("ours", {})):
+        with server() as started:
+            llama = load(path, **{**SMALL, "rpc_servers": started.endpoint, **options})
+            llama.eval(TOKENS[:300])
+            before = started.log().count("[set_tensor]")
+            for token in TOKENS[300:320]:
+                llama.eval([token])
+                llama.sample(temp=0.0)
+            sent[name] = started.log().count("[set_tensor]") - before
+            if name == "ours":
+                first = llama.kv_positions()[..., 0]
+                assert (first < 0).any()  # heads of unequal length, which have masks of their own
+            llama.close()
+    # One more or less for each token, and for graphs that are sent anew; a layer would be 6.
+    assert 0 < sent["ours"] <= sent["stock"] + 2 * 20
+
+
+@pytest.mark.parametrize(
+    "stat", [Stat.ATTN_MEAN, Stat.ANCHOR_COS, Stat.VALUE_NORM, Stat.LEVERAGE_V]
+)
+def test_scores_cross_once_for_each_graph(
+    make: Make, load: Load, monkeypatch: pytest.MonkeyPatch, stat: Stat
+) -> None:
+    """Not once for each head: 18 of unequal length."""
+    monkeypatch.setenv("GGML_RPC_DEBUG", "1")
+    with server() as started:
+        path = make(tiny.llama, n_layer=6, n_head=6, n_head_kv=3)
+        llama = load(path, **{**SMALL, "rpc_servers": started.endpoint})
+        llama.prefill(TOKENS[:300])
+        kv = llama._cache.kv
+        kv.observe(16, mean_query=True, n_skip=4)
+        llama.eval(TOKENS[300:320])
+        n_cells = kv.info().n_cells
+        weights = np.ones((6, 3, n_cells), np.float32) if stat == Stat.LEVERAGE_V else None
+        before = started.log()
+        kv.score(stat, n_cells=n_cells, n_future=64, weights=weights)
+        log = started.log()[len(before) :]
+        llama.close()
+    n_graphs = log.count("[graph_compute]")
+    assert 0 < n_graphs < 9
+    assert log.count("[get_tensor]") == n_graphs
+    assert log.count("[set_tensor]") <= 2 * n_graphs  # slots and mask
 
 
 # -- in the middle -------------------------------------------------------------------------------
