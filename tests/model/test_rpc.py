@@ -200,6 +200,7 @@ def test_a_token_crosses_no_more_often_than_with_the_stock_cache(
         with server() as started:
             llama = load(path, **{**SMALL, "rpc_servers": started.endpoint, **options})
             llama.eval(TOKENS[:300])
+            llama.sample(temp=0.0)  # waits for the server, whose log is complete then
             before = started.log().count("[set_tensor]")
             for token in TOKENS[300:320]:
                 llama.eval([token])
@@ -228,6 +229,7 @@ def test_scores_cross_once_for_each_graph(
         kv = llama._cache.kv
         kv.observe(16, mean_query=True, n_skip=4)
         llama.eval(TOKENS[300:320])
+        llama.sample(temp=0.0)  # waits for the server
         n_cells = kv.info().n_cells
         weights = np.ones((6, 3, n_cells), np.float32) if stat == Stat.LEVERAGE_V else None
         before = started.log()
