@@ -157,6 +157,7 @@ def _full_attention(
         n_threads=llama.n_threads,
         n_threads_batch=llama.n_threads_batch,
         n_gpu_layers=llama.model_params.n_gpu_layers,
+        rpc_servers=llama.rpc_servers,
         type_k=params.type_k,
         type_v=params.type_v,
         verbose=llama.verbose,
