@@ -56,6 +56,7 @@ def check_vulkan(plan: Plan) -> int:
     steps: list[tuple[str, Callable[[], str]]] = [
         ("test-backend-ops", lambda: _operators(environment, log)),
         ("operators against float64", lambda: _pytest(environment, log, "tests/native")),
+        ("the default model, f32", lambda: _end_to_end(environment, log, *size, f32=True)),
         ("the default model", lambda: _end_to_end(environment, log, *size)),
     ]
     tests = [name for name in DEVICE_TESTS if (ROOT / name).is_file()]
@@ -154,14 +155,18 @@ def _pytest(environment: Environment, log: Path, *names: str) -> str:
     return output.strip().splitlines()[-1]
 
 
-def _end_to_end(environment: Environment, log: Path, *args: str) -> str:
+def _end_to_end(environment: Environment, log: Path, *args: str, f32: bool = False) -> str:
+    """With ``f32``, keep lists can be compared closely; without, it is as users have it."""
     script = str(ROOT / "scripts" / "vulkan" / "endtoend.py")
-    return _python(environment, log, script, *args).strip()
+    env = {"GGML_VK_DISABLE_F16": "1"} if f32 else {}
+    return _python(environment, log, script, *args, env=env).strip()
 
 
-def _python(environment: Environment, log: Path, *args: str) -> str:
+def _python(
+    environment: Environment, log: Path, *args: str, env: Mapping[str, str] | None = None
+) -> str:
     command = [str(environment.venv.python), *args]
-    env = {**environment.process_env(), "CAPKV_TEST_DEVICE": "gpu"}
+    env = {**environment.process_env(), "CAPKV_TEST_DEVICE": "gpu", **(env or {})}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     with log.open("a") as sink:
         sink.write(f"$ {shlex.join(command)}\n{done.stderr}{done.stdout}")

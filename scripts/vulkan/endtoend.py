@@ -5,11 +5,15 @@ goes to a session on the CPU, which scores and selects from the same cells and q
 lists must be equal but for near-ties (tests/model/near_ties.py). Both then evict what the device
 chose, and what is left must be the same, byte for byte. At the end both answer a question about the
 text, each with its own cells.
+
+With GGML_VK_DISABLE_F16=1 the device multiplies in f32, as the CPU does, and a near-tie is one of
+1e-4. Without, products of queries and keys are rounded to f16, which shows in the scores.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FACT = "The access code of the harbour gate is 48213."
 QUESTION = "What is the access code of the harbour gate?"
 ANSWER = "48213"
+# A logit of 10 rounded to 11 bits is off by up to 5e-3, and so is its weight in the softmax.
+RTOL = near_ties.RTOL if os.environ.get("GGML_VK_DISABLE_F16") else 1e-2
 
 
 @dataclass
@@ -45,8 +51,8 @@ class Run:
     def __str__(self) -> str:
         return (
             f"{self.n_gpu_layers} layers, {self.allocation}: {self.n_tokens} tokens, "
-            f"{near_ties.check(self.ties)}; heads hold {self.held[0]} to {self.held[1]} cells; "
-            f"{self.seconds:.0f} s\n    device: {self.answers[0]}\n    CPU:    {self.answers[1]}"
+            f"{near_ties.check(self.ties, RTOL)}; heads hold {self.held[0]} to {self.held[1]} "
+            f"cells; {self.seconds:.0f} s\n    device: {self.answers[0]}\n    CPU:    {self.answers[1]}"
         )
 
 
@@ -119,7 +125,7 @@ def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
         "n_ctx": 2048,
         "n_batch": 64,
         "kv_budget": budget,
-        "kv_room": 64,
+        "kv_room": 32,
         "kv_allocation": allocation,
         "verbose": False,
     }
@@ -156,7 +162,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[99, 15], help="on the device")
     parser.add_argument("--tokens", type=int, default=300, help="of the text, about [300]")
-    parser.add_argument("--budget", type=int, default=128, help="cells per head [128]")
+    parser.add_argument("--budget", type=int, default=96, help="cells per head [96]")
     args = parser.parse_args(argv)
     devices = [d for d in native.doctor()["devices"] if d["name"] != "CPU"]
     if not devices:
@@ -165,7 +171,7 @@ def main(argv: list[str]) -> int:
     print(f"{devices[0]['name']}: {devices[0]['description']}", flush=True)
     failed = 0
     for n_gpu_layers in args.layers:
-        for allocation in ("uniform", "global"):
+        for allocation in ("global", "uniform"):
             done = run(n_gpu_layers, allocation, args.budget, args.tokens)
             try:
                 print(done, flush=True)
