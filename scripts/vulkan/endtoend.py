@@ -100,11 +100,11 @@ class Judge:
 
 
 def prompt(llama: Any, n_tokens: int) -> list[int]:
-    """A text with a fact at its first third, and the question."""
+    """A text with a fact at three quarters, and the question."""
     text = (ROOT / "tests" / "data" / "licence.txt").read_text(encoding="utf-8")
     words = text.split()[: max(30, n_tokens // 2)]
-    third = len(words) // 3
-    document = f"{' '.join(words[:third])} {FACT} {' '.join(words[third:])}"
+    at = len(words) * 3 // 4
+    document = f"{' '.join(words[:at])} {FACT} {' '.join(words[at:])}"
     template = ChatTemplate.of(llama)
     asked = llama.tokenize(f"{document}\n\n{QUESTION}".encode(), add_bos=False)
     return [*template.first, *asked, *template.after]
@@ -129,6 +129,8 @@ def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
         "kv_budget": budget,
         "kv_room": 32,
         "kv_allocation": allocation,
+        "n_threads": 1,  # two wait for each other where the driver needs both cores
+        "n_threads_batch": 1,
         "verbose": False,
     }
     model = default_model()
