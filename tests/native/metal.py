@@ -10,6 +10,7 @@ import ctypes as ct
 import functools
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ def sources() -> dict[str, str]:
     texts = {}
     for path in sorted(paths):
         name = Path(path).name
-        host = path.startswith(_METAL) and name.endswith(".cpp")
+        host = path.startswith(_METAL) and name.endswith((".cpp", ".m", ".txt"))
         if (host or name.endswith((".h", ".metal"))) and (text := tree.read(path)) is not None:
             texts[name] = text
     if KERNEL not in texts:
@@ -105,6 +106,7 @@ def build(
     kernels = {KERNEL: texts[KERNEL]} if kernels is None else kernels
     headers = {name: text for name, text in texts.items() if name.endswith(".h")}
     headers["metal_stdlib"] = texts["metal_stdlib"]
+    headers["supports_op.h"] = _supports_op(texts["ggml-metal-device.m"])
     units: dict[str, Sequence[str]] = {f"ggml-metal{unit}.cpp": _HOST for unit in _UNITS} | {
         "device.cpp": _OURS
     }
@@ -128,6 +130,17 @@ def build(
         _run([compiler, *link, f"-L{libraries}", "-lggml-base", "-o", str(stage)], folder)
         stage.replace(library)
     return library
+
+
+def _supports_op(device: str) -> str:
+    """Return what the Objective-C part says about ops, in plain C."""
+    functions = ("static bool ggml_metal_supports_mul_mat_op", "bool ggml_metal_device_supports_op")
+    texts = []
+    for function in functions:
+        found = re.search(rf"^{function}\(.*?^}}$", device, re.M | re.S)
+        assert found is not None, function
+        texts.append(found[0])
+    return "\n\n".join(texts)
 
 
 def _compile(
@@ -225,6 +238,7 @@ class Metal:
         self._lib.ggml_backend_init.restype = _P
         self._lib.metal_options.argtypes = [_INT, ct.c_uint64]
         self._lib.metal_error.restype = ct.c_char_p
+        self._lib.metal_set_has_bfloat.argtypes = [ct.c_bool]
         device = self.c["ggml_backend_reg_dev_get"](self._lib.ggml_backend_init(), 0)
         self._backend = self.c["ggml_backend_dev_init"](device, None)
 
@@ -240,13 +254,15 @@ class Metal:
         """Run one op; the options are those of :class:`Job`."""
         return self.run([Job(cache, kind, d, **options)], order)[0]
 
-    def supports(self, job: Job) -> bool:
-        """Whether the backend takes the op."""
+    def supports(self, job: Job, *, has_bfloat: bool = True) -> bool:
+        """Whether the backend takes the op, on a GPU that knows bfloat or not."""
+        self._lib.metal_set_has_bfloat(has_bfloat)
         ctx = self.context()
         try:
             out, _ = self._build(ctx, job, [])
             return bool(self.c["ggml_backend_supports_op"](self._backend, out))
         finally:
+            self._lib.metal_set_has_bfloat(True)
             self.c["ggml_free"](ctx)
 
     def run(self, jobs: Sequence[Job], order: Order = ORDERS[0]) -> list[F32]:

@@ -6,6 +6,8 @@ matrix work is in float32, which costs a few roundings of the unit diagonal more
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
@@ -217,6 +219,19 @@ def test_a_kernel_that_is_known_to_work_works_here() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
+def test_the_file_is_compiled_wherever_kernels_are_listed() -> None:
+    texts = metal.sources()
+    (listed,) = re.findall(
+        r"^set\(METALLIB_KERNEL_SOURCES$(.*?)^\)", texts["CMakeLists.txt"], re.M | re.S
+    )
+    (libraries,) = re.findall(
+        r"^#define GGML_METAL_LIBS (.*?[^\\])$", texts["ggml-metal-device.m"], re.M | re.S
+    )
+    built = re.findall(r"kernels/(\w+)\.metal", listed)
+    assert built.count("leverage_score") == 1
+    assert sorted(re.findall(r"X\(\w+, +(\w+)\)", libraries)) == sorted(built)
+
+
 def some_jobs(n: int) -> list[Job]:
     """One head each, as ragged caches have them."""
     lengths = np.random.default_rng(25).integers(1, 600, n)
@@ -261,6 +276,8 @@ def test_what_is_not_supported_is_left_to_the_cpu(backend: Metal) -> None:
     assert not backend.supports(job("F16", 260))  # more columns than threads
     assert not backend.supports(job("F16", 62))  # not in vectors of 4
     assert not backend.supports(job("Q8_0", 288))
+    assert backend.supports(job("BF16", 64))
+    assert not backend.supports(job("BF16", 64), has_bfloat=False)
 
 
 @settings(max_examples=40, deadline=None)

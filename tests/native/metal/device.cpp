@@ -302,7 +302,6 @@ ggml_metal_device_t ggml_metal_device_init(int device, int n_devices) {
     dev->props.has_simdgroup_reduction    = true;
     dev->props.has_simdgroup_mm           = true;
     dev->props.has_unified_memory         = true;
-    dev->props.has_bfloat                 = true;
 
     dev->lib   = { dev, ggml_metal_pipelines_init() };
     dev->finfo = ggml_metal_fusion_info_init(true, 0);
@@ -329,20 +328,30 @@ const ggml_metal_device_props * ggml_metal_device_get_props(ggml_metal_device_t 
 
 ggml_metal_fusion_info * ggml_metal_device_get_fusion_info(ggml_metal_device_t dev) { return dev->finfo; }
 
-// the lines of ggml-metal-device.m for the ops whose kernels are here
+static bool has_bfloat = true;
+
+extern "C" void metal_set_has_bfloat(bool value) { has_bfloat = value; }
+
+// the functions of ggml-metal-device.m
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wimplicit-fallthrough"
+#define ggml_metal_device_supports_op device_supports_op
+#include "supports_op.h"
+#undef ggml_metal_device_supports_op
+#pragma GCC diagnostic pop
+
+// of all that it takes, only a few kernels are here
 bool ggml_metal_device_supports_op(ggml_metal_device_t dev, const ggml_tensor * op) {
-    GGML_UNUSED(dev);
+    dev->props.has_bfloat = has_bfloat;
     switch (op->op) {
         case GGML_OP_NONE:
         case GGML_OP_RESHAPE:
         case GGML_OP_VIEW:
         case GGML_OP_TRANSPOSE:
         case GGML_OP_PERMUTE:
-            return true;
-        case GGML_OP_LIGHTNING_INDEXER:
-            return op->src[0]->ne[0] == OP_LIGHTNING_INDEXER_DK && op->src[0]->ne[1] == OP_LIGHTNING_INDEXER_NH;
         case GGML_OP_LEVERAGE_SCORE:
-            return ggml_metal_op_leverage_score_supported(op);
+        case GGML_OP_LIGHTNING_INDEXER:
+            return device_supports_op(dev, op);
         default:
             return false;
     }
