@@ -20,7 +20,7 @@ def errors(got: F32, want: F64, condition: float) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    backend = metal.Metal(metal.build(metal.sources()))
+    backend = metal.backend()
     columns = f"{'error':>8} {'of it':>6} {'NMSE':>7}"
     print(f"{'d':>4} {'cells':>6} {'noise':>5} {'condition':>9} | Metal {columns} | CPU {columns}")
     for d in (64, 128, 256):

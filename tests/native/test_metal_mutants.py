@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import ggml, metal
-from .metal import KERNEL, ORDERS, Job, KernelError, Metal
+from . import ggml, metal_build
+from .metal import ORDERS, Job, KernelError, Metal
+from .metal_build import KERNEL
 from .test_leverage_op import check, expected, random_cache, random_weights
 
 _HOST = "ggml-metal-ops.cpp"
@@ -71,7 +72,7 @@ MISTAKES = {
 @cache
 def texts() -> dict[str, str]:
     try:
-        return metal.sources()
+        return metal_build.sources()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -105,7 +106,7 @@ def is_right(backend: Metal) -> bool:
 def survives(changed: dict[str, str], folder: Path) -> bool:
     """Build with one type and run in a process of its own: a mistake may end it."""
     kernel = _OTHER_TYPES.sub("", changed[KERNEL])
-    library = metal.build(changed, {KERNEL: kernel}, folder=folder, optimise="-O1")
+    library = metal_build.build(changed, {KERNEL: kernel}, folder=folder, optimise="-O1")
     child = os.fork()
     if child == 0:
         faulthandler.disable()
