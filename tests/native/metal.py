@@ -50,6 +50,7 @@ class Job:
 _P, _I64, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_size_t, ct.c_int
 _BACKEND: dict[str, tuple[Any, list[Any]]] = {
     "ggml_new_tensor_3d": (_P, [_P, _INT, *[_I64] * 3]),
+    "ggml_permute": (_P, [_P, _P, *[_INT] * 4]),
     "ggml_lightning_indexer": (_P, [_P] * 5),
     "ggml_backend_reg_dev_get": (_P, [_P, _SIZE]),
     "ggml_backend_dev_init": (_P, [_P, _P]),

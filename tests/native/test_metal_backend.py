@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from . import ggml, metal, metal_build
 from .metal import ORDERS, Job, Metal, Order
-from .test_leverage_op import random_cache, random_weights
+from .test_leverage_op import check, expected, random_cache, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,26 @@ def test_an_op_waits_for_its_weights(backend: Metal, order: Order) -> None:
     assert backend.counters["n_barrier"] == 5
     want = backend.run([Job(first.cache, "F16", 64, weights=got[0])])[0]
     np.testing.assert_array_equal(got[2], want)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_heads_of_a_pool(backend: Metal, kind: str) -> None:
+    """Rows of a head lie together, as in a cache with rows per head: [d, cells, heads] permuted."""
+    c, d, first, n_kv = backend.c, 64, 40, 77
+    pool = random_cache(31, 500, 1, d, kind)  # [rows, 1, bytes of a row]
+    row = pool.shape[2]
+    ctx = backend.context()
+    rows = c["ggml_new_tensor_2d"](ctx, GGMLType[kind].value, d, len(pool))
+    outs = []
+    for n_head, stride in ((1, n_kv), (3, 100)):
+        shape, strides = (d, n_kv, n_head), (row, stride * row, first * row)
+        view = c["ggml_permute"](ctx, c["ggml_view_3d"](ctx, rows, *shape, *strides), 0, 2, 1, 3)
+        outs.append((c["ggml_leverage_score"](ctx, view, None, 1.0, 1.0), (n_head, n_kv)))
+    results = backend.compute(ctx, [(rows, pool)], outs, ORDERS[2])
+    for got, stride in zip(results, (n_kv, 100), strict=True):
+        heads = [pool[first + i * stride :][:n_kv] for i in range(len(got))]
+        u = ggml.dequantize(np.concatenate(heads, axis=1), kind)
+        check(got, *expected(u))
 
 
 def test_threadgroup_memory_stays_within_the_device(backend: Metal) -> None:

@@ -29,7 +29,7 @@ _OTHER_TYPES = re.compile(
 
 # file, text as it is, text with a mistake
 MISTAKES = {
-    "transposed": (KERNEL, "r0 + 8*j, NP, 0, true)", "r0 + 8*j, NP, 0, false)"),
+    "transposed": (KERNEL, "8, 0, true)", "8, 0, false)"),
     "block of a simdgroup": (KERNEL, "c0 = NB*(sgitg%2)", "c0 = NB*(sgitg/2)"),
     "other panel": (KERNEL, "(cell, p*NP + c, args.d)", "(cell, q*NP + c, args.d)"),
     "cells in the tail of a block": (KERNEL, "== 0 || i + NK >= i1", "== 0"),
@@ -40,7 +40,7 @@ MISTAKES = {
         "ib < 1; ++ib) {\n        diag",
     ),
     "dimensions beyond the end": (KERNEL, "if (c < d) {", "if (c < 256) {"),
-    "weight of a cell": (KERNEL, "sp4[e] = wi*xp;", "sp4[e] = xp;"),
+    "weight of a cell": (KERNEL, "= wi*xp;", "= xp;"),
     "NaN weights": (
         KERNEL,
         "as_type<uint>(wi) - 1 < 0x7F800000u",
