@@ -340,6 +340,15 @@ extern "C" void metal_set_has_bfloat(bool value) { has_bfloat = value; }
 #undef ggml_metal_device_supports_op
 #pragma GCC diagnostic pop
 
+// runs what has no kernel here, if it is set: buffers are host memory
+static ggml_backend_t cpu = nullptr;
+
+extern "C" void metal_set_cpu(ggml_backend_t backend) { cpu = backend; }
+
+static bool has_kernel(const ggml_tensor * op) {
+    return op->op == GGML_OP_LEVERAGE_SCORE || op->op == GGML_OP_LIGHTNING_INDEXER;
+}
+
 // of all that it takes, only a few kernels are here
 bool ggml_metal_device_supports_op(ggml_metal_device_t dev, const ggml_tensor * op) {
     dev->props.has_bfloat = has_bfloat;
@@ -349,11 +358,9 @@ bool ggml_metal_device_supports_op(ggml_metal_device_t dev, const ggml_tensor * 
         case GGML_OP_VIEW:
         case GGML_OP_TRANSPOSE:
         case GGML_OP_PERMUTE:
-        case GGML_OP_LEVERAGE_SCORE:
-        case GGML_OP_LIGHTNING_INDEXER:
-            return device_supports_op(dev, op);
+            return true;
         default:
-            return false;
+            return has_kernel(op) ? device_supports_op(dev, op) : cpu && ggml_backend_supports_op(cpu, op);
     }
 }
 
@@ -385,11 +392,23 @@ void ggml_metal_get_tensor_async(ggml_metal_t, const ggml_tensor * tensor, void 
 bool ggml_metal_cpy_tensor_async(ggml_metal_t, ggml_metal_t, const ggml_tensor *, ggml_tensor *) { return false; }
 
 ggml_status ggml_metal_graph_compute(ggml_metal_t ctx, ggml_cgraph * gf) {
-    ggml_metal_op_t ops = ggml_metal_op_init(ctx->dev, nullptr, gf, ctx->dev->finfo, 0, gf->n_nodes, true, false, 0);
-    for (int idx = 0; idx < ggml_metal_op_n_nodes(ops);) {
-        idx += ggml_metal_op_encode(ops, idx);
+    for (int i0 = 0; i0 < gf->n_nodes;) {
+        int i1 = i0 + 1;
+        if (cpu && !has_kernel(gf->nodes[i0])) {
+            ggml_cgraph node = ggml_graph_view(gf, i0, i1);
+            ggml_backend_graph_compute(cpu, &node);
+        } else {
+            while (i1 < gf->n_nodes && (!cpu || ggml_op_is_empty(gf->nodes[i1]->op) || has_kernel(gf->nodes[i1]))) {
+                i1++;
+            }
+            ggml_metal_op_t ops = ggml_metal_op_init(ctx->dev, nullptr, gf, ctx->dev->finfo, i0, i1, true, false, 0);
+            for (int idx = 0; idx < ggml_metal_op_n_nodes(ops);) {
+                idx += ggml_metal_op_encode(ops, idx);
+            }
+            ggml_metal_op_free(ops);
+        }
+        i0 = i1;
     }
-    ggml_metal_op_free(ops);
 
     return !fibers::error ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
