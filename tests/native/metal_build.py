@@ -29,7 +29,14 @@ _METAL = "ggml/src/ggml-metal"
 _FOLDERS = ("ggml/include", "ggml/src", _METAL, f"{_METAL}/kernels")
 _UNITS = ("", "-common", "-device", "-fusion", "-ops", "-tuning")
 
-_CXX = ("-std=c++17", "-fPIC", "-fno-gnu-unique", "-I.", "-DGGML_METAL_HAS_BF16")
+_CXX = (
+    "-std=c++17",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-gnu-unique",
+    "-I.",
+    "-DGGML_METAL_HAS_BF16",
+)
 # Theirs: as it stands in a build of a loadable backend; <memory> comes with other headers on a Mac.
 _HOST = (*_CXX, "-O0", "-w", "-include", "memory", "-DGGML_BACKEND_DL", "-DGGML_BACKEND_BUILD")
 _OURS = (*_CXX, "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function")

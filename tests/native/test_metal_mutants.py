@@ -41,14 +41,10 @@ MISTAKES = {
     ),
     "dimensions beyond the end": (KERNEL, "if (c < d) {", "if (c < 256) {"),
     "weight of a cell": (KERNEL, "= wi*xp;", "= xp;"),
-    "NaN weights": (
-        KERNEL,
-        "as_type<uint>(wi) - 1 < 0x7F800000u",
-        "as_type<uint>(wi) < 0x80000000u",
-    ),
+    "negative weights": (KERNEL, "return wi > 0.0f ? wi : 0.0f;", "return wi;"),
     "other head's weights": (KERNEL, "(w + h*args.nbw1)", "(w + 0*args.nbw1)"),
     "KV head of a query head": (KERNEL, "u + (h/args.n_group)*args.nbu1", "u + (h%2)*args.nbu1"),
-    "no mean": (KERNEL, "/args.n_group : 0.0f", "/1 : 0.0f"),
+    "no mean": (KERNEL, "? si/args.n_group :", "? si :"),
     "no ridge": (KERNEL, "max(args.lambda, OP_LEVERAGE_SCORE_EPS*diag)", "args.lambda"),
     "dead dimensions": (KERNEL, "pivot > 0.0f ? rsqrt(pivot) : 0.0f", "rsqrt(pivot)"),
     "scaling": (KERNEL, "*= ss[r];", "*= 1.0f;"),
@@ -84,7 +80,7 @@ def is_right(backend: Metal) -> bool:
         [(96, 2, 2, 700, 1.0), (256, 1, 1, 70, 0.0), (40, 1, 2, 33, 0.0)]
     ):
         weights = random_weights(i, n_head_kv * group, n_kv)
-        weights[:, 5] = np.nan
+        weights[:, 5], weights[:, 6:8] = np.nan, -1.0
         cache = random_cache(i, n_kv, n_head_kv, d, "F16")
         jobs.append(Job(cache, "F16", d, weights, noise=noise))
     twins = np.repeat(random_cache(8, 1, 1, 64, "F16"), 40, axis=0)  # all in one direction
