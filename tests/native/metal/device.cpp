@@ -240,33 +240,38 @@ void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, int tg0,
 struct ggml_metal_buffer {
     char * base;
     size_t size;
+    bool   shared;
+    bool   owned;
 };
 
 ggml_metal_buffer_t ggml_metal_buffer_init(ggml_metal_device_t dev, size_t size, bool shared) {
     GGML_UNUSED(dev);
-    GGML_UNUSED(shared);
     void * base = nullptr;
     if (posix_memalign(&base, 4096, size + GUARD) != 0) {
         return nullptr;
     }
     memset(base, 0xFF, size + GUARD);
-    return new ggml_metal_buffer { (char *) base, size };
+    return new ggml_metal_buffer { (char *) base, size, shared, true };
 }
 
-ggml_metal_buffer_t ggml_metal_buffer_map(ggml_metal_device_t, void *, size_t, size_t) { return nullptr; }
+ggml_metal_buffer_t ggml_metal_buffer_map(ggml_metal_device_t, void * ptr, size_t size, size_t) {
+    return new ggml_metal_buffer { (char *) ptr, size, true, false };
+}
 
 void ggml_metal_buffer_free(ggml_metal_buffer_t buf) {
-    for (size_t i = 0; i < GUARD; i++) {
+    for (size_t i = 0; buf->owned && i < GUARD; i++) {
         if (buf->base[buf->size + i] != (char) 0xFF) {
             fail("a write behind a buffer");
         }
     }
-    free(buf->base);
+    if (buf->owned) {
+        free(buf->base);
+    }
     delete buf;
 }
 
 void * ggml_metal_buffer_get_base (ggml_metal_buffer_t buf) { return buf->base; }
-bool   ggml_metal_buffer_is_shared(ggml_metal_buffer_t)     { return false; }
+bool   ggml_metal_buffer_is_shared(ggml_metal_buffer_t buf) { return buf->shared; }
 
 void ggml_metal_buffer_memset_tensor(ggml_metal_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
     memset((char *) tensor->data + offset, value, size);
