@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def sources() -> dict[str, str]:
     They are those of the tree that ``CAPKV_LLAMA_DIR`` names, or of the pinned base with our
     series applied (nothing is written).
     """
+    if sys.platform != "linux":
+        raise FileNotFoundError("the Metal backend is compiled for the CPU on Linux only")
     if named := os.environ.get("CAPKV_LLAMA_DIR"):
         tree = Tree(Path(named))
     else:
