@@ -39,7 +39,7 @@ ABI = 3
 
 # llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
 _OK = 0
-_UNSUPPORTED = range(-13, -1)  # ERR_BLOCKS .. ERR_NO_MEMORY
+_UNSUPPORTED = (*range(-13, -1), -21)  # ERR_BLOCKS .. ERR_NO_MEMORY, ERR_SPLIT
 _ERR_FLASH_ATTN = -9
 _ERR_ALLOC = -19
 
