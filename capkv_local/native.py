@@ -35,7 +35,7 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
-ABI = 3
+ABI = 4
 
 # llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
 _OK = 0

@@ -100,7 +100,8 @@ def test_a_conversation_takes_no_cell_from_the_document(
     assert stats.n_cells_protected + stats.n_cells_conversation <= stats.n_cells_max
     assert same(document_cells(llama, N_DOCUMENT), before)
 
-    assert stats.copy_bytes > 0
+    # The mean query moves, and cannot go back without a copy.
+    assert (stats.copy_bytes > 0) == (policy == "expected-attention")
     llama.forget()
     assert llama.n_tokens == N_DOCUMENT
     assert np.array_equal(llama.kv_positions(), positions)
@@ -232,7 +233,7 @@ def test_saved_in_the_middle_of_a_conversation(chat: DocumentChat, tmp_path: Pat
     n_document, positions = chat.stats().n_protected, chat.llama.kv_positions()
     for _ in range(2):
         ask(chat, LONG_QUESTION, 8)
-    assert chat.stats().copy_bytes
+    assert not chat.stats().copy_bytes
     chat.save(tmp_path / "talk.capkv")
     answer = ask(chat, QUESTION)
     again = DocumentChat.load(tmp_path / "talk.capkv", n_threads=2)
