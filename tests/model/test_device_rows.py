@@ -6,6 +6,7 @@ would write.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 import threading
@@ -54,10 +55,12 @@ class Counter:
                 threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
 
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        while data := source.recv(1 << 20):
-            self.n_bytes += len(data)
-            target.sendall(data)
-        target.close()
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                self.n_bytes += len(data)
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)  # a server takes one client after the other
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +106,8 @@ def masks(rng: np.random.Generator, llama: Any) -> Iterator[oracle.Mask]:
     yield held()
 
 
-@pytest.mark.parametrize("n_devices", [1, 2])
 @pytest.mark.parametrize("kind", CACHE_TYPES)
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 256])
+@pytest.mark.parametrize(("head_dim", "n_devices"), [(32, 1), (64, 2), (96, 1)])
 def test_rows_are_those_of_the_cpu(
     counters: list[Counter], tmp_path: Path, head_dim: int, kind: str, n_devices: int
 ) -> None:
