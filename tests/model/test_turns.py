@@ -148,16 +148,30 @@ def test_a_state_carries_what_is_protected(models: Models, tokens: list[int]) ->
 def test_without_a_copy_going_back_is_refused_and_nothing_is_lost(
     models: Models, tokens: list[int]
 ) -> None:
-    llama = models(kv_policy="capkv", **SMALL)
+    llama = models(kv_policy="expected-attention", **SMALL)
     llama.prefill(tokens[:N_DOCUMENT])
     llama.protect()
     talk(llama, tokens, 8)
-    llama.set_kv_policy("snapkv")
+    llama.set_kv_policy("capkv-paper")  # has another mean query
     positions = llama.kv_positions()
     with pytest.raises(StateError, match="read the document again"):
         llama.forget()
     assert np.array_equal(llama.kv_positions(), positions)
     talk(llama, tokens, 8)
+    llama.set_kv_policy("expected-attention")
+
+
+def test_another_policy_in_between_is_no_obstacle(models: Models, tokens: list[int]) -> None:
+    llama = models(kv_policy="capkv", **SMALL)
+    llama.prefill(tokens[:N_DOCUMENT])
+    llama.protect()
+    before, positions = document_cells(llama, N_DOCUMENT), llama.kv_positions()
+    talk(llama, tokens, 8)
+    llama.set_kv_policy("snapkv")
+    talk(llama, tokens, 8)
+    llama.forget()
+    assert np.array_equal(llama.kv_positions(), positions)
+    assert same(document_cells(llama, N_DOCUMENT), before)
     llama.set_kv_policy("capkv")
 
 
