@@ -22,10 +22,11 @@ from capkv_local import Llama
 from capkv_local.native import CACHE_TYPES, Info, cache_type
 from capkv_local.policies import get_policy
 from tests.model import oracle, tiny
+from tests.model.conftest import decode
 
 server = pytest.importorskip("tests.model.server")
 
-N_TOKENS = 150
+N_TOKENS = 375  # of 384: segments that move are in the way of others
 TOKENS: list[int] = np.random.default_rng(5).integers(0, tiny.N_VOCAB, N_TOKENS).tolist()
 OPTIONS: dict[str, Any] = {
     **{"n_ctx": 4096, "n_batch": 64, "kv_budget": 256, "kv_room": 64, "verbose": False},
@@ -90,19 +91,18 @@ def with_random_rows(data: bytes, info: Info, rng: np.random.Generator) -> bytes
 
 
 def masks(rng: np.random.Generator, llama: Any) -> Iterator[oracle.Mask]:
-    """What to keep: segments move to the left, far to the right, a little, and not at all."""
+    """What to keep: layers move onto the old rows of those before and behind, some, and not."""
 
     def held() -> oracle.Mask:
         return np.asarray(llama._cache.kv.positions() >= 0)
 
-    now = held()
-    keep = oracle.random_mask(rng, now, np.full(now.shape[:2], 120))
-    keep[-1] = now[-1]
-    yield keep
-    counts = np.full(now.shape[:2], 5)
-    counts[0] = 200
+    counts = np.full(held().shape[:2], N_TOKENS)
+    counts[0] = 5
     yield oracle.random_mask(rng, held(), counts)
-    yield oracle.random_mask(rng, held())
+    counts[2:] = 5, 6, 6  # heads
+    yield oracle.random_mask(rng, held(), counts)
+    counts[1] = 90, 90, 70
+    yield oracle.random_mask(rng, held(), counts)
     yield held()
 
 
@@ -111,7 +111,7 @@ def masks(rng: np.random.Generator, llama: Any) -> Iterator[oracle.Mask]:
 def test_rows_are_those_of_the_cpu(
     counters: list[Counter], tmp_path: Path, head_dim: int, kind: str, n_devices: int
 ) -> None:
-    path = tiny.llama(tmp_path / "tiny.gguf", head_dim=head_dim, n_layer=5)
+    path = tiny.llama(tmp_path / "tiny.gguf", head_dim=head_dim, n_head=3, n_head_kv=3, n_layer=5)
     types = dict.fromkeys(("type_k", "type_v"), cache_type(kind))
     used = counters[:n_devices]
     devices = {"rpc_servers": [counter.endpoint for counter in used]}
@@ -119,7 +119,8 @@ def test_rows_are_those_of_the_cpu(
     device: Any = Llama(path, **OPTIONS, **types, **devices)
     for llama in (cpu, device):
         llama._cache.kv.observe(0)
-        llama.eval(TOKENS)
+        for i in range(0, N_TOKENS, 64):
+            decode(llama, TOKENS[i : i + 64], i)
     info = cpu._cache.kv.info()
     rng = np.random.default_rng(head_dim)
     data = with_random_rows(state(cpu), info, rng)
