@@ -384,11 +384,6 @@ class Llama(ProtectedLlama):
         with deferred_interrupt():
             # An empty session need not be copied, which takes as long as loading.
             before = native.get_state(self._ctx.ctx) if self.n_tokens else None
-            if before is None:
-                # How a layer attends is known from its first decode on, and the queries of the
-                # state are of no use without. Any token will do: the state replaces it.
-                self._rewind(cache, 0)  # what reset() gave up may fill all cells
-                self._decode_scratch(cache, [0])
             fits = native.set_state(self._ctx.ctx, state.llama_state)
             if not (fits and _in_order(cache.kv, state.n_tokens)):
                 if before is None:

@@ -35,11 +35,11 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
-ABI = 3
+ABI = 4
 
 # llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
 _OK = 0
-_UNSUPPORTED = range(-13, -1)  # ERR_BLOCKS .. ERR_NO_MEMORY
+_UNSUPPORTED = (*range(-13, -1), -21)  # ERR_BLOCKS .. ERR_NO_MEMORY, ERR_SPLIT
 _ERR_FLASH_ATTN = -9
 _ERR_ALLOC = -19
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import llama_cpp
 import numpy as np
 
-from capkv_local import native
 from capkv_local.cache import ATTENTION, CompactCache
 from capkv_local.errors import (
     BudgetError,
@@ -250,8 +249,6 @@ class StreamingLlama(PlacedLlama):
                 self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         # Repeating is decoding, not scoring.
         cache.counters.t_score_s -= self._t_decode_s - t_decode_s
-        if cache.protection.n_tokens and cache.protection.copy is None:
-            cache.protection.copy = native.get_state(self._ctx.ctx)
         cache.apply(keep, carry)
         if probe is not None:
             cache.n_repeated = self.n_tokens
