@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from capkv_local import rpc
 from capkv_local.errors import ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
+_PR_SET_PDEATHSIG = 1
 _START_S = 60.0  # a busy machine, not a usual one
 
 
@@ -42,7 +45,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
-                preexec_fn=None if memory is None else _limit(memory),
+                preexec_fn=_before(memory),
             )
             if self._answers():
                 return
@@ -75,10 +78,20 @@ class Server:
         self._log.close()
 
 
-def _limit(memory: int) -> Callable[[], None]:
+def _before(memory: int | None) -> Callable[[], None] | None:
+    """What the server does before it is one."""
+    if sys.platform != "linux":
+        return None
     import resource
 
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    prctl = ctypes.CDLL(None).prctl
+
+    def before() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a test that crashes stops nothing any more
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+    return before
 
 
 @contextlib.contextmanager
