@@ -67,6 +67,8 @@ class Judge:
         self._cache = device._cache
         self._choose, self._apply = self._cache.choose, self._cache.apply
         self._cache.choose, self._cache.apply = self.choose, self.apply
+        # Heads share a budget with those on the same device: there are as many as over there.
+        cpu._cache.kv.pools = self._cache.kv.pools
 
     def choose(self, **asked: Any) -> Any:
         """Have both decide from the same cells."""
