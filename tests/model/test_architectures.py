@@ -391,6 +391,7 @@ def window_positions(llama: Any) -> set[int]:
                 first = struct.unpack_from("<I", data, at)[0]
                 n_rows.append(n_used - first)
                 at += 4 + 4 * max(0, n_compact - first)
+            at += 4 + 8 * struct.unpack_from("<I", data, at)[0]  # what evictions took
         n_cells = struct.unpack_from("<I", data, at)[0]
         cells = np.frombuffer(data, "<i4", 3 * n_cells, at + 4).reshape(n_cells, 3)
         at += 4 + cells.nbytes
