@@ -15,10 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lib import sdist
 from lib.config import cache_root
-from lib.patchset import Tree, apply_series
-from lib.series import load_series
+from lib.errors import SetupError
+from lib.patchedtree import patched_tree
 from lib.tools import cxx_compiler
 
 from . import ggml
@@ -55,12 +54,7 @@ def sources() -> dict[str, str]:
     """
     if sys.platform != "linux":
         raise FileNotFoundError("the Metal backend is compiled for the CPU on Linux only")
-    if named := os.environ.get("CAPKV_LLAMA_DIR"):
-        tree = Tree(Path(named))
-    else:
-        series = load_series()
-        base = sdist.base_path(cache_root(), series) / "vendor" / "llama.cpp"
-        tree, _ = apply_series(base, series.patches)
+    tree = patched_tree()
     paths = {f"{folder}/{p.name}" for folder in _FOLDERS for p in (tree.root / folder).iterdir()}
     paths |= {path for path in tree.changes if path.rpartition("/")[0] in _FOLDERS}
     texts = {}
@@ -70,7 +64,7 @@ def sources() -> dict[str, str]:
         if (host or name.endswith((".h", ".metal"))) and (text := tree.read(path)) is not None:
             texts[name] = text
     if KERNEL not in texts:
-        raise FileNotFoundError(f"{tree.root} with our patches has no {_METAL}/kernels/{KERNEL}")
+        raise SetupError(f"{tree.root} with our patches has no {_METAL}/kernels/{KERNEL}")
     return texts | {path.name: path.read_text() for path in _SHIM.iterdir() if path.is_file()}
 
 
