@@ -134,10 +134,10 @@ def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
         "verbose": False,
     }
     model = default_model()
-    device = Llama(model, n_gpu_layers=n_gpu_layers, **options)
+    device: Any = Llama(model, n_gpu_layers=n_gpu_layers, **options)
     # Else the CPU's large products would be taken to the device, too.
-    cpu = Llama(model, n_gpu_layers=0, op_offload=False, **options)
-    alone = Llama(model, n_gpu_layers=0, op_offload=False, **options)
+    cpu: Any = Llama(model, n_gpu_layers=0, op_offload=False, **options)
+    alone: Any = Llama(model, n_gpu_layers=0, op_offload=False, **options)
     try:
         for other in (cpu, alone):  # heads share a budget with those on the same device only
             other._cache.kv.pools = device._cache.kv.pools
