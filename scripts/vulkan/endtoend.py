@@ -67,8 +67,6 @@ class Judge:
         self._cache = device._cache
         self._choose, self._apply = self._cache.choose, self._cache.apply
         self._cache.choose, self._cache.apply = self.choose, self.apply
-        # Heads share a budget with those on the same device: there are as many as over there.
-        cpu._cache.kv.pools = self._cache.kv.pools
 
     def choose(self, **asked: Any) -> Any:
         """Have both decide from the same cells."""
@@ -136,11 +134,13 @@ def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
         "verbose": False,
     }
     model = default_model()
-    device = Llama(model, n_gpu_layers=n_gpu_layers, **options)
+    device: Any = Llama(model, n_gpu_layers=n_gpu_layers, **options)
     # Else the CPU's large products would be taken to the device, too.
-    cpu = Llama(model, n_gpu_layers=0, op_offload=False, **options)
-    alone = Llama(model, n_gpu_layers=0, op_offload=False, **options)
+    cpu: Any = Llama(model, n_gpu_layers=0, op_offload=False, **options)
+    alone: Any = Llama(model, n_gpu_layers=0, op_offload=False, **options)
     try:
+        for other in (cpu, alone):  # heads share a budget with those on the same device only
+            other._cache.kv.pools = device._cache.kv.pools
         cpu.eval([1, 2, 3])  # how a layer attends is known from its first decode on
         judge = Judge(device, cpu)
         tokens = prompt(device, n_tokens)
