@@ -468,7 +468,7 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
     """
     n = len(data)
     # rows per head, observed, version, n_layer, n_head_kv
-    extension = data.index(struct.pack("<5I", 1, 1, 2, 2, 2))
+    extension = data.index(struct.pack("<5I", 1, 1, 3, 2, 2))
     regions = [(0, 300), (extension, extension + 1100), (n - 2000, n), (0, n)]
     kind = int(rng.integers(len(regions) + 1))
     if kind == len(regions):
