@@ -20,7 +20,7 @@ from .setup import Environment, ensure
 
 DEVICE = "Vulkan0"
 PACKAGES = "glslc libvulkan-dev spirv-headers mesa-vulkan-drivers vulkan-tools"
-# Older ones corrupt the heap: they count references of buffers that are gone (docs/gpu-vulkan.md).
+# Older ones corrupt the heap: they count references of buffers that are gone (docs/gpu/vulkan.md).
 MIN_MESA = (25, 0)
 # Of what runs on any device; which it is, the environment says.
 DEVICE_TESTS = ("tests/model/test_devices.py", "tests/e2e/test_devices.py")
