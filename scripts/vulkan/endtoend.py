@@ -35,6 +35,9 @@ ANSWER = "48213"
 # Rounded to 11 bits, a logit of 10 is off by 5e-3, its weight in the softmax by as much of itself,
 # the square of that by twice; measured, 99.9% of the squares are within 4e-2.
 RTOL = near_ties.RTOL if os.environ.get("GGML_VK_DISABLE_F16") else 5e-2
+# The CPU rounds activations to 8 bits where weights are quantised, the device does not: 1.3% to 2%
+# before any eviction, too. A wrong row is off by far more.
+MAX_DRIFT = 0.05
 
 
 @dataclass
@@ -47,13 +50,14 @@ class Run:
     held: tuple[int, int]  # fewest and most cells of a head
     ties: list[near_ties.Ties]
     answers: tuple[str, str]  # of the device, of the CPU
+    drift: float  # of the logits from the same cells, as a share of the largest
     seconds: float
 
     def __str__(self) -> str:
         said = (
             f"{self.n_gpu_layers} layers, {self.allocation}: {self.n_tokens} tokens, "
             f"{near_ties.check(self.ties, RTOL)}; heads hold {self.held[0]} to {self.held[1]} "
-            f"cells; {self.seconds:.0f} s"
+            f"cells; logits differ by {self.drift:.1%}; {self.seconds:.0f} s"
         )
         return "\n    ".join((said, f"device: {self.answers[0]}", f"CPU:    {self.answers[1]}"))
 
@@ -120,6 +124,18 @@ def answer(llama: Any, tokens: list[int], n_tokens: int) -> str:
     return " ".join(llama.detokenize(out).decode(errors="replace").split())
 
 
+def drift(device: Any, cpu: Any) -> float:
+    """How far the logits of one more token are apart, from the same cells."""
+    if not native.set_state(cpu._ctx.ctx, native.get_state(device._ctx.ctx)):
+        raise AssertionError("the state of the device does not fit on the CPU")
+    logits = []
+    for llama in (device, cpu):
+        llama._batch.set_batch(batch=[1], n_past=device.n_tokens, logits_all=False)
+        llama._ctx.decode(llama._batch)
+        logits.append(np.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),)).copy())
+    return float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[1]).max())
+
+
 def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
     """One text, one configuration."""
     started = time.monotonic()
@@ -147,8 +163,6 @@ def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
         said = answer(device, tokens, 16)
         positions = device.kv_positions()
         held = (positions >= 0).sum(axis=-1)
-        if not np.isfinite(np.ctypeslib.as_array(device._ctx.get_logits(), (8,))).all():
-            raise AssertionError("the logits are not finite")
         return Run(
             n_gpu_layers=n_gpu_layers,
             allocation=allocation,
@@ -156,6 +170,7 @@ def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
             held=(int(held.min()), int(held.max())),
             ties=judge.ties,
             answers=(said, answer(alone, tokens, 16)),
+            drift=drift(device, cpu),
             seconds=time.monotonic() - started,
         )
     finally:
@@ -177,6 +192,7 @@ def main(argv: list[str]) -> int:
     print(f"{devices[0]['name']}: {devices[0]['description']}", flush=True)
     failed = 0
     for n_gpu_layers in args.layers:
+        answered = False
         for allocation in ("global", "uniform"):
             done = run(n_gpu_layers, allocation, args.budget, args.tokens)
             try:
@@ -185,11 +201,15 @@ def main(argv: list[str]) -> int:
                     raise AssertionError(f"{len(done.ties)} evictions: the text is too short")
                 if (done.held[0] < done.held[1]) != (allocation == "global"):
                     raise AssertionError("the heads do not share the budget as asked")
-                if ANSWER in done.answers[1] and ANSWER not in done.answers[0]:
-                    raise AssertionError(f"the CPU says {ANSWER}, the device does not")
+                if not done.drift <= MAX_DRIFT:
+                    raise AssertionError(f"logits from the same cells differ by {done.drift:.1%}")
+                answered = answered or ANSWER in done.answers[0]
             except AssertionError as error:
                 print(f"FAILED: {n_gpu_layers} layers, {allocation}: {error}", flush=True)
                 failed += 1
+        if not answered:
+            print(f"FAILED: {n_gpu_layers} layers: {ANSWER} is never answered", flush=True)
+            failed += 1
     return 1 if failed else 0
 
 
