@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NativeError,
         OutOfMemory,
         PolicyError,
+        ServerError,
         StateError,
         UnsupportedModel,
     )
@@ -50,6 +51,7 @@ _HOMES = {
             "NativeError",
             "OutOfMemory",
             "PolicyError",
+            "ServerError",
             "StateError",
             "UnsupportedModel",
         ),
@@ -74,6 +76,7 @@ __all__ = [
     "OutOfMemory",
     "Policy",
     "PolicyError",
+    "ServerError",
     "StateError",
     "UnsupportedModel",
     "__version__",

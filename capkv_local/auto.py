@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import llama_cpp
-
 from capkv_local.errors import BudgetError
 from capkv_local.header import ModelHeader
 from capkv_local.memory import SHARE, available_memory
 from capkv_local.planner import Planner, Settings
 
 
-def auto_budget(model: str | Path, settings: Settings, *, n_gpu_layers: int) -> int:
+def auto_budget(model: str | Path, settings: Settings, *, offloads: bool) -> int:
     """The budget that ``kv_budget="auto"`` stands for.
 
     The largest multiple of :data:`~capkv_local.planner.STEP` cells with which the session takes no
@@ -24,8 +22,8 @@ def auto_budget(model: str | Path, settings: Settings, *, n_gpu_layers: int) -> 
     ----------
     model, settings
         As they will be loaded; an ``n_ctx`` of 0 is the trained context.
-    n_gpu_layers
-        Layers on other devices, whose memory is not known here.
+    offloads
+        Whether layers go to other devices, whose memory is not counted here.
 
     Raises
     ------
@@ -34,10 +32,10 @@ def auto_budget(model: str | Path, settings: Settings, *, n_gpu_layers: int) -> 
     ModelFileError, UnsupportedModel
         As :class:`~capkv_local.header.ModelHeader` and :class:`~capkv_local.planner.Planner`.
     """
-    if n_gpu_layers != 0 and llama_cpp.llama_supports_gpu_offload():
+    if offloads:
         raise BudgetError(
-            "kv_budget='auto' knows the main memory only, and layers go to a GPU: name a number of "
-            "cells (2048) or an amount of memory ('512MiB')"
+            "kv_budget='auto' knows the main memory only, and layers go to other devices: name a "
+            "number of cells (2048) or an amount of memory ('512MiB')"
         )
     with ModelHeader(model) as header:
         if settings.n_ctx == 0:

@@ -184,7 +184,9 @@ class CompactCache:
     allocation: str
     n_probe: int = 0
     counters: _Counters = field(default_factory=_Counters)
-    carried: F32 | None = None  # [n_layer, n_head_kv, most cells kept by the last eviction]
+    # [n_layer, n_head_kv, most cells kept by the last eviction], from the first cell that a head
+    # holds on: heads that go back keep their first cells, whatever number these then have.
+    carried: F32 | None = None
     n_repeated: int = 0  # tokens that were repeated for the policy
     protection: Protection = field(default_factory=Protection)
 
@@ -283,7 +285,7 @@ class CompactCache:
             n_cells=n_cells,
             n_tokens=n_tokens,
             n_queries=n_queries or min(self.policy.n_window, self.kv.info().n_queries),
-            carried=self._carried(n_cells),
+            carried=self.carried_by_cell(n_cells),
             repeat=repeat,
             look=look,
         )
@@ -329,21 +331,20 @@ class CompactCache:
     def forget_behind(self, n_tokens: int) -> None:
         """Keep what is carried for the first ``n_tokens`` tokens, as if no others had come."""
         positions = self.kv.positions()
-        carried = self._carried(positions.shape[-1])
+        carried = self.carried_by_cell(positions.shape[-1])
         if carried is not None:
             self.carried = _move(carried, (positions >= 0) & (positions < n_tokens))
         self.n_repeated = min(self.n_repeated, n_tokens)
 
-    def _carried(self, n_cells: int) -> F32 | None:
+    def carried_by_cell(self, n_cells: int) -> F32 | None:
         """Carried relevance of the first ``n_cells`` cells, 0 for those that are new."""
         if self.carried is None:
             return None
-        n_layer, n_head_kv, n_kept = self.carried.shape
-        out = np.zeros((n_layer, n_head_kv, n_cells), dtype=np.float32)
-        # Cells at the end can have been taken back since (a prompt that was changed there).
-        n = min(n_kept, n_cells)
-        out[..., :n] = self.carried[..., :n]
-        return out
+        held = self.kv.positions()[..., :n_cells] >= 0
+        number = held.cumsum(axis=-1) - 1  # of a cell in its head
+        known = held & (number < self.carried.shape[-1])
+        values = np.take_along_axis(self.carried, np.where(known, number, 0), axis=-1)
+        return np.where(known, values, np.float32(0))
 
     def stats(self, *, n_tokens: int, n_ctx: int, t_decode_s: float) -> KVCacheStats:
         info = self.kv.info()
@@ -373,9 +374,9 @@ class CompactCache:
 
 
 def _move(values: F32, keep: Mask) -> F32:
-    """Values of the kept cells, where the cells are after the eviction; 0 elsewhere."""
+    """Values of the kept cells, from the first one of each head on; 0 behind them."""
     counts = keep.sum(axis=-1, keepdims=True)  # [n_layer, n_head_kv, 1]
     n_cells = int(counts.max())
     moved = np.zeros((*keep.shape[:2], n_cells), dtype=np.float32)
-    moved[np.arange(n_cells) >= n_cells - counts] = values[keep]
+    moved[np.arange(n_cells) < counts] = values[keep]
     return moved

@@ -22,6 +22,7 @@ from capkv_local.models import default_model, fingerprint
 from capkv_local.planner import DEFAULT_ROOM
 from capkv_local.policies import get_policy
 from capkv_local.reading import IngestProgress, IngestReport, Meter, Reading
+from capkv_local.rpc import Servers
 from capkv_local.saved import SavedChat
 from capkv_local.sources import SourceMap
 from capkv_local.template import ChatTemplate
@@ -51,8 +52,8 @@ class DocumentChat(SavedChat, CitedChat):
         Whether questions and answers stay in the conversation, see :meth:`ask`.
     n_threads
         CPU threads; None for all.
-    n_gpu_layers
-        Layers on the GPU, -1 for all.
+    n_gpu_layers, rpc_servers
+        Layers on other devices than the CPU, as :class:`~capkv_local.placed.PlacedLlama`.
     type_k, type_v
         Cache types by ggml name (``"q8_0"``); None is f16.
     seed
@@ -79,7 +80,8 @@ class DocumentChat(SavedChat, CitedChat):
         kv_room: int = DEFAULT_ROOM,
         keep_turns: bool = True,
         n_threads: int | None = None,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | None = None,
+        rpc_servers: Servers | None = None,
         type_k: str | None = None,
         type_v: str | None = None,
         seed: int | None = None,
@@ -102,6 +104,7 @@ class DocumentChat(SavedChat, CitedChat):
             n_threads=threads,
             n_threads_batch=threads,
             n_gpu_layers=n_gpu_layers,
+            rpc_servers=rpc_servers,
             type_k=_ggml_type(type_k),
             type_v=_ggml_type(type_v),
             verbose=verbose,

@@ -39,6 +39,10 @@ class NativeBuildMissing(CapKVError):
     """The loaded llama.cpp library lacks the eviction functions (a stock build)."""
 
 
+class ServerError(CapKVError, ConnectionError):
+    """An RPC server that cannot be used: its address, out of reach, busy, or of another build."""
+
+
 class NativeError(CapKVError, RuntimeError):
     """A native call failed for a reason the other errors do not name."""
 

@@ -33,6 +33,7 @@ from capkv_local.errors import (
 )
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.models import check_model_file, load_errors
+from capkv_local.placed import offloads
 from capkv_local.planner import DEFAULT_ROOM, Settings
 from capkv_local.policies import Policy, get_policy
 from capkv_local.probe import REQUEST, Probe
@@ -87,7 +88,9 @@ class Llama(ProtectedLlama):
     kv_room
         Cells beyond ``kv_budget + n_batch``: how many tokens are generated between evictions.
     **kwargs
-        As :class:`llama_cpp.Llama`. Flash attention is on unless the cache is the stock one.
+        As :class:`llama_cpp.Llama`, and ``rpc_servers`` of
+        :class:`~capkv_local.placed.PlacedLlama`. Flash attention is on unless the cache is the
+        stock one.
 
     Raises
     ------
@@ -95,6 +98,8 @@ class Llama(ProtectedLlama):
         ``model_path`` is missing or not a GGUF that llama.cpp loads.
     BudgetError, PolicyError, UnsupportedModel, NativeBuildMissing
         The cache cannot be compacted as asked.
+    ServerError
+        An RPC server is out of reach, busy, or of another build.
 
     Examples
     --------
@@ -143,8 +148,7 @@ class Llama(ProtectedLlama):
         settings = _settings(n_ctx, n_batch, kv_room, kwargs)
         settings = settings.with_policy(policy, probe=kv_observe == "probe", allocation=allocation)
         if is_auto(kv_budget) and settings.evicts:
-            n_gpu_layers = kwargs.get("n_gpu_layers", 0)
-            kv_budget = auto_budget(model_path, settings, n_gpu_layers=n_gpu_layers)
+            kv_budget = auto_budget(model_path, settings, offloads=offloads(kwargs))
         if n_ctx > 0 and not isinstance(kv_budget, str):
             _parse(kv_budget, n_ctx, 0, policy)  # wrong settings are told before a model is loaded
         # The cells come later, when the context and the bytes per cell are known.
@@ -380,11 +384,6 @@ class Llama(ProtectedLlama):
         with deferred_interrupt():
             # An empty session need not be copied, which takes as long as loading.
             before = native.get_state(self._ctx.ctx) if self.n_tokens else None
-            if before is None:
-                # How a layer attends is known from its first decode on, and the queries of the
-                # state are of no use without. Any token will do: the state replaces it.
-                self._rewind(cache, 0)  # what reset() gave up may fill all cells
-                self._decode_scratch(cache, [0])
             fits = native.set_state(self._ctx.ctx, state.llama_state)
             if not (fits and _in_order(cache.kv, state.n_tokens)):
                 if before is None:
@@ -468,6 +467,12 @@ def _check_settings(flash_attn: bool | None, kwargs: dict[str, Any], kv_room: in
         raise UnsupportedModel(
             "flash_attn=False stores values transposed, which cannot be evicted per head: "
             "leave flash_attn out, or use kv_policy=None"
+        )
+    if kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR:
+        raise UnsupportedModel(
+            "split_mode=LLAMA_SPLIT_MODE_TENSOR shares the heads of every layer out over the "
+            "devices, which a cache of rows per head does not follow: leave split_mode out (whole "
+            "layers), or use kv_policy=None"
         )
     if kwargs.get("embedding"):
         raise UnsupportedModel("embedding=True needs the stock cache: use kv_policy=None")

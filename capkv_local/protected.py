@@ -90,9 +90,8 @@ class ProtectedLlama(StreamingLlama):
     def forget(self) -> None:
         """Go back to the end of what is protected, whose cells are all as they were.
 
-        Once something behind it was evicted, this takes a copy of the cells in host memory
-        (``kv_stats().copy_bytes``); always in models with sliding windows and for policies that
-        need the mean query.
+        Models with sliding windows and policies that need the mean query have a copy of the cells
+        in host memory for this (``kv_stats().copy_bytes``).
 
         Raises
         ------
@@ -110,17 +109,28 @@ class ProtectedLlama(StreamingLlama):
             protection.question = range(0)
             if self.n_tokens == protection.n_tokens:
                 return
-            copies = self._always_copies(cache)
-            if copies or not self._back(protection.n_tokens):
+            if self._copies(cache):
                 self._restore(cache, protection)
+            else:
+                self._drop(cache, protection.n_tokens)
             self.n_tokens = protection.n_tokens
-            cache.n_repeated = min(cache.n_repeated, self.n_tokens)
             self._requires_eval = True
-            if not copies:
-                protection.copy = None  # nothing is evicted any more
 
     def _back(self, n_tokens: int) -> bool:
         return bool(self._ctx.kv_cache_seq_rm(-1, n_tokens, -1))
+
+    def _drop(self, cache: CompactCache, n_tokens: int) -> None:
+        """Drop all behind ``n_tokens``, whose cells no eviction has taken since."""
+        before = cache.carried, cache.n_repeated
+        cache.forget_behind(n_tokens)
+        if not self._back(n_tokens):
+            cache.carried, cache.n_repeated = before
+            raise StateError(
+                f"cannot go back to token {n_tokens}: cells before it were evicted since; read "
+                "the document again"
+            )
+        # The heads go back by different numbers of cells: what is free is shared out anew.
+        cache.kv.evict(cache.kv.positions() >= 0)
 
     def _restore(self, cache: CompactCache, protection: Protection) -> None:
         if protection.copy is None:
@@ -133,16 +143,16 @@ class ProtectedLlama(StreamingLlama):
             self.reset()  # type: ignore[no-untyped-call]
             raise StateError("the copy of the document's cells does not fit: read it again")
 
-    def _always_copies(self, cache: CompactCache) -> bool:
-        """Whether more than evicted cells is lost on the way: windows slide, means move."""
+    def _copies(self, cache: CompactCache) -> bool:
+        """Whether more is lost on the way than cells: windows slide, means move."""
         return self._window_cells() > 0 or "mean_query" in cache.policy.needs
 
     def _copy_now(self, cache: CompactCache) -> None:
-        """Copy what would be lost without any eviction, and go on from the copy at once.
+        """Copy what would be lost, and go on from the copy at once.
 
         So the cells lie in the same order whenever a question is asked.
         """
-        if self._always_copies(cache):
+        if self._copies(cache):
             cache.protection.copy = native.get_state(self._ctx.ctx)
             native.set_state(self._ctx.ctx, cache.protection.copy)
             self._requires_eval = True

@@ -28,8 +28,7 @@ class Protection:
     question
         Positions of the question that is being answered.
     copy
-        State of the context when nothing behind these tokens had been evicted yet; None if that
-        is so now.
+        State of the context behind these tokens, where going back takes more than dropping cells.
     """
 
     n_tokens: int = 0

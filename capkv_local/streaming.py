@@ -14,7 +14,6 @@ from typing import Any, Literal
 import llama_cpp
 import numpy as np
 
-from capkv_local import native
 from capkv_local.cache import ATTENTION, CompactCache
 from capkv_local.errors import (
     BudgetError,
@@ -25,6 +24,7 @@ from capkv_local.errors import (
 )
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.native import F32
+from capkv_local.placed import PlacedLlama
 from capkv_local.policies.base import Reduce
 from capkv_local.probe import Probe
 from capkv_local.protection import Protection
@@ -42,7 +42,7 @@ class _Observers:
     n_scratch: int  # cells that are kept free for them
 
 
-class StreamingLlama(llama_cpp.Llama):
+class StreamingLlama(PlacedLlama):
     """:class:`llama_cpp.Llama` whose tokens stream through ``self._cache``, if there is one."""
 
     _cache: CompactCache | None
@@ -233,6 +233,7 @@ class StreamingLlama(llama_cpp.Llama):
                 known[reduce] = self._repeat(cache, probe, n_cells, reduce)
             return known[reduce].copy()
 
+        self._wait()
         t_decode_s = self._t_decode_s
         try:
             # The question counts as seen: the observation window lies behind the text.
@@ -248,8 +249,6 @@ class StreamingLlama(llama_cpp.Llama):
                 self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         # Repeating is decoding, not scoring.
         cache.counters.t_score_s -= self._t_decode_s - t_decode_s
-        if cache.protection.n_tokens and cache.protection.copy is None:
-            cache.protection.copy = native.get_state(self._ctx.ctx)
         cache.apply(keep, carry)
         if probe is not None:
             cache.n_repeated = self.n_tokens
@@ -304,6 +303,7 @@ class StreamingLlama(llama_cpp.Llama):
                 # No logits are wanted, and the output matrix is a good part of a small model.
                 self._batch.batch.logits[self._batch.n_tokens() - 1] = False
                 self._decode_batch()
+            self._wait()  # scores are next
         finally:
             cache.pause_mean(False)
 
@@ -329,6 +329,12 @@ class StreamingLlama(llama_cpp.Llama):
             ) from error
         finally:
             self._t_decode_s += time.perf_counter() - t0
+
+    def _wait(self) -> None:
+        """See a device finish what it decodes, so that the time counts as decoding."""
+        t0 = time.perf_counter()
+        llama_cpp.llama_synchronize(self._ctx.ctx)
+        self._t_decode_s += time.perf_counter() - t0
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         try:

@@ -20,6 +20,7 @@ from capkv_local.cli.eval import eval_command
 from capkv_local.cli.guard import GuardedGroup
 from capkv_local.cli.inspect import inspect_command
 from capkv_local.cli.plan import plan_command
+from capkv_local.cli.rpc_server import rpc_server_command
 from capkv_local.cli.snapshot import snapshot_command
 
 __all__ = ["main"]
@@ -41,6 +42,7 @@ def main() -> None:
       capkv snapshot book.pdf -o book.capkv
       capkv inspect book.capkv -o book.html
       capkv plan model.gguf --memory 8GiB --context 128k
+      capkv chat report.pdf --rpc 10.0.0.2:50052
       capkv doctor
 
     \b
@@ -64,6 +66,7 @@ main.add_command(configurable(inspect_command))
 main.add_command(configurable(plan_command))
 # Its seed is another one: where the texts are cut, not how answers are sampled.
 main.add_command(configurable(eval_command, ("model", "threads")))
+main.add_command(rpc_server_command)
 main.add_command(doctor_command)
 main.add_command(config_command(chat_command))
 main.add_command(completion_command)

@@ -25,7 +25,7 @@ CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 SESSION_SUFFIX = ".capkv"
 # Fields of ModelOptions that matter here and now only: a saved session has none of them.
-MACHINE_OPTIONS = ("n_threads", "n_gpu_layers", "verbose")
+MACHINE_OPTIONS = ("n_threads", "n_gpu_layers", "rpc_servers", "verbose")
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -58,6 +58,7 @@ class ModelOptions:
     kv_room: int | None = None
     n_threads: int | None = None
     n_gpu_layers: int | None = None
+    rpc_servers: str | None = None
     type_k: str | None = None
     type_v: str | None = None
     seed: int | None = None
@@ -161,7 +162,13 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "n_gpu_layers",
         type=click.IntRange(min=-1),
         metavar="N",
-        help="Layers to run on the GPU; -1 is all. [default: 0]",
+        help="Layers to run on GPUs and servers; -1 is all. [default: 0, with --rpc -1]",
+    ),
+    click.option(
+        "--rpc",
+        "rpc_servers",
+        metavar="HOST:PORT,...",
+        help="Run layers on the devices of these machines, where `capkv rpc-server` runs.",
     ),
     click.option("--type-k", type=_CACHE_TYPE, metavar="TYPE", help=f"Cached keys: {_TYPES_HELP}"),
     click.option(
@@ -278,7 +285,9 @@ def session_path(path: Path) -> Path:
 def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
     """Load the model, and the saved session if there is one."""
     from capkv_local.chat import DocumentChat
+    from capkv_local.rpc import exit_on_loss
 
+    exit_on_loss()
     with _warnings_told(), display.waiting("loading the model"):
         if sources.session is not None:
             from capkv_local.cli.defaults import for_session

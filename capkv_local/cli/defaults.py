@@ -30,6 +30,7 @@ KEYS = (
     "room",
     "threads",
     "gpu-layers",
+    "rpc",
     "type-k",
     "type-v",
     "seed",

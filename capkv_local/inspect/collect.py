@@ -140,10 +140,9 @@ def collect(chat: DocumentChat) -> Survival:
     cache, stats = llama._require_cache(), llama.kv_stats()
     positions = llama.kv_positions()
     relevance = None
-    if cache.carried is not None:
-        # As many cells as the last eviction left, in the same order; later ones have none yet.
-        n = min(cache.carried.shape[-1], positions.shape[-1])
-        relevance = by_token(cache.carried[..., :n], positions[..., :n], n_tokens)
+    carried = cache.carried_by_cell(positions.shape[-1])
+    if carried is not None:
+        relevance = by_token(carried, positions, n_tokens)
     return Survival(
         model=Path(str(llama.model_path)).stem,
         policy=cache.policy.name,

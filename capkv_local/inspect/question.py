@@ -157,6 +157,7 @@ def _full_attention(
         n_threads=llama.n_threads,
         n_threads_batch=llama.n_threads_batch,
         n_gpu_layers=llama.model_params.n_gpu_layers,
+        rpc_servers=llama.rpc_servers,
         type_k=params.type_k,
         type_v=params.type_v,
         verbose=llama.verbose,
@@ -199,9 +200,8 @@ def _attention(llama: Llama, asked: Sequence[int], *, restore: bool = True) -> F
 
 
 def _go_back(llama: Llama, cache: CompactCache, before: bytes) -> None:
-    """To what was observed before, too; needs a decode first, as :meth:`Llama.load_state`."""
+    """To what was observed before, too."""
     cache.observe()
-    llama._decode_scratch(cache, [0])
     if not native.set_state(llama._ctx.ctx, before):
         raise StateError("the cells as they were before the question do not fit: read again")
     llama._requires_eval = True

@@ -57,11 +57,11 @@ def check_ops(environment: Environment) -> str:
     said = []
     for op in series.test_ops:
         # The CPU is only tested when named; other devices only when none is.
-        output = _run_op_tests(environment, log, "test", "-b", "CPU", "-o", op)
+        output = run_op_tests(environment, log, "test", "-b", "CPU", "-o", op)
         said.append(f"{op}: {count_passed(output, op, log)} cases pass on CPU")
         devices = _DEVICES.search(output)
         if devices and int(devices[1]) > 1:
-            output = _run_op_tests(environment, log, "test", "-o", op)
+            output = run_op_tests(environment, log, "test", "-o", op)
             said.append(", ".join(f"{ok}/{n} elsewhere" for ok, n in _SUMMARY.findall(output)))
     return "; ".join(said)
 
@@ -80,7 +80,14 @@ def count_passed(output: str, op: str, log: Path) -> int:
     return sum(counts)
 
 
-def _run_op_tests(environment: Environment, log: Path, *args: str) -> str:
+def run_op_tests(environment: Environment, log: Path, *args: str) -> str:
+    """Run test-backend-ops with arguments; return what it printed, without colours.
+
+    Raises
+    ------
+    SetupError
+        It failed: what did not pass, and where the log is.
+    """
     lib_dir = str(environment.venv.lib_dir)
     variable = "DYLD_LIBRARY_PATH" if sys.platform == "darwin" else "LD_LIBRARY_PATH"
     path = os.pathsep.join(filter(None, (lib_dir, os.environ.get(variable))))

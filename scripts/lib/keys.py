@@ -46,6 +46,8 @@ def compile_inputs(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     compilers = [path for path in (c_compiler(env), cxx_compiler(env)) if path]
     if any("CUDA" in arg for arg in args) and (nvcc := shutil.which("nvcc", path=env.get("PATH"))):
         compilers.append(nvcc)
+    if any("VULKAN" in arg for arg in args) and (glslc := shutil.which("glslc")):
+        compilers.append(glslc)
     return {
         "recipe": RECIPE,
         "cmake_lists": _sha256(NATIVE / "CMakeLists.txt"),

@@ -126,6 +126,8 @@ class Session:
         for index in np.ndindex(first.shape):
             (first[index],) = struct.unpack_from("<I", data, offset)
             offset += 4 + 4 * max(0, n_compact - int(first[index]))
+        (n_losses,) = struct.unpack_from("<I", data, offset)
+        offset += 4 + 8 * n_losses  # two positions for each eviction that took something
         (n_window,) = struct.unpack_from("<I", data, offset + 4)
         n_embd = self.info.n_head * self.info.n_embd_head_k
         # 4 numbers, the count of the mean, positions; then the queries and their sum.

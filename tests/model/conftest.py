@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,36 @@ def models(model_path: Path) -> Iterator[Models]:
 def tokens(models: Models) -> list[int]:
     """A long real text."""
     return models(n_ctx=512, kv_policy=None).tokenize(TEXT.read_bytes(), add_bos=False)
+
+
+Make = Callable[..., Path]
+Load = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """``make(builder, **options)``: path of a tiny model, written once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    written: dict[str, Path] = {}
+
+    def build(builder: Callable[..., Path], **options: Any) -> Path:
+        name = "-".join([builder.__name__, *(f"{k}{v}" for k, v in options.items())])
+        if name not in written:
+            written[name] = builder(folder / f"{name}.gguf", **options)
+        return written[name]
+
+    return build
+
+
+@pytest.fixture
+def load() -> Iterator[Load]:
+    """``load(path, **options)``: a :class:`Llama` that is closed after the test."""
+    opened: list[Llama] = []
+
+    def open_model(path: Path, **options: Any) -> Llama:
+        opened.append(Llama(path, **options))
+        return opened[-1]
+
+    yield open_model
+    for llama in opened:
+        llama.close()

@@ -30,7 +30,7 @@ from capkv_local.native import Stat
 from capkv_local.native import cache_type as cache_type_number
 from capkv_local.policies import get_policy, policy_names
 from tests.model import oracle, tiny
-from tests.model.conftest import observe_of
+from tests.model.conftest import Load, Make, observe_of
 
 Array = np.ndarray[Any, Any]
 TOKENS: list[int] = np.random.default_rng(0).integers(0, tiny.N_VOCAB, 3000).tolist()
@@ -39,38 +39,6 @@ QUIET: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 SMALL: dict[str, Any] = {"n_ctx": 4096, "n_batch": 64, "kv_budget": 64, "kv_room": 64, **QUIET}
 N_CELLS = 256
 N_PROMPT, N_KEEP, N_NEXT, N_WINDOW = 60, 24, 8, 16
-
-Make = Callable[..., Path]
-Load = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """``make(builder, **options)``: path of a tiny model, written once."""
-    folder = tmp_path_factory.mktemp("tiny")
-    written: dict[str, Path] = {}
-
-    def build(builder: Callable[..., Path], **options: Any) -> Path:
-        name = "-".join([builder.__name__, *(f"{k}{v}" for k, v in options.items())])
-        if name not in written:
-            written[name] = builder(folder / f"{name}.gguf", **options)
-        return written[name]
-
-    return build
-
-
-@pytest.fixture
-def load() -> Iterator[Load]:
-    """``load(path, **options)``: a :class:`Llama` that is closed after the test."""
-    opened: list[Llama] = []
-
-    def open_model(path: Path, **options: Any) -> Llama:
-        opened.append(Llama(path, **options))
-        return opened[-1]
-
-    yield open_model
-    for llama in opened:
-        llama.close()
 
 
 def logits(llama: Any) -> Array:
@@ -423,6 +391,7 @@ def window_positions(llama: Any) -> set[int]:
                 first = struct.unpack_from("<I", data, at)[0]
                 n_rows.append(n_used - first)
                 at += 4 + 4 * max(0, n_compact - first)
+            at += 4 + 8 * struct.unpack_from("<I", data, at)[0]  # what evictions took
         n_cells = struct.unpack_from("<I", data, at)[0]
         cells = np.frombuffer(data, "<i4", 3 * n_cells, at + 4).reshape(n_cells, 3)
         at += 4 + cells.nbytes
@@ -499,7 +468,7 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
     """
     n = len(data)
     # rows per head, observed, version, n_layer, n_head_kv
-    extension = data.index(struct.pack("<5I", 1, 1, 2, 2, 2))
+    extension = data.index(struct.pack("<5I", 1, 1, 3, 2, 2))
     regions = [(0, 300), (extension, extension + 1100), (n - 2000, n), (0, n)]
     kind = int(rng.integers(len(regions) + 1))
     if kind == len(regions):

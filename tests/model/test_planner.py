@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from capkv_local import BudgetError, DocumentChat, Llama, auto, native
+from capkv_local import BudgetError, DocumentChat, Llama, auto, native, placed
 from capkv_local.header import ModelHeader
 from capkv_local.memory import SHARE
 from capkv_local.planner import STEP, Planner, Settings
@@ -132,6 +132,6 @@ def test_auto_without_the_memory_says_what_is_there(
 def test_auto_with_layers_on_a_gpu_asks_for_a_number(
     monkeypatch: pytest.MonkeyPatch, model_path: Path
 ) -> None:
-    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(placed, "offload_devices", lambda: ["a GPU"])
     with pytest.raises(BudgetError, match="name a number"):
         Llama(model_path, n_ctx=8192, kv_budget="auto", n_gpu_layers=-1, **QUIET)

@@ -54,6 +54,8 @@ class Pair:
         # Tokens do not repeat: a row of an earlier sequence is never the right one by chance.
         self._tokens = itertools.cycle(TOKENS)
         self._empty = self.oracle.copy()
+        # What was held when so many tokens had been decoded and no more: [n_layer, n_head_kv, n].
+        self._marks: dict[int, Mask] = {}
 
     def __enter__(self) -> Pair:
         return self
@@ -82,21 +84,32 @@ class Pair:
 
     def append(self, tokens: Sequence[int]) -> tuple[F64, F64]:
         """Logits of every token, llama.cpp's and the oracle's, ``[n, n_vocab]``."""
-        got = decode(self.llama, tokens, self.oracle.n_tokens)
-        self._set_n_tokens(self.oracle.n_tokens + len(tokens))
-        return got, self.oracle.decode_all(tokens)
+        n_before = self.oracle.n_tokens
+        got = decode(self.llama, tokens, n_before)
+        self._set_n_tokens(n_before + len(tokens))
+        expected = self.oracle.decode_all(tokens)
+        for n in range(n_before + 1, self.oracle.n_tokens + 1):
+            self._marks[n] = self.oracle.held[..., :n].copy()
+        return got, expected
 
     def evict(self, keep_tokens: Mask) -> None:
         self.kv.evict(as_cells(keep_tokens, self.kv.positions()))
         self.oracle.evict(keep_tokens)
+        self._marks[self.oracle.n_tokens] = self.oracle.held.copy()
 
     def go_back(self, n_tokens: int) -> None:
-        """Take tokens back: all of them, or those behind a token that all heads go on with."""
-        before = self.snapshot()
+        """Take tokens back: all of them, those behind a token that all heads go on with, or those
+        behind which nothing was evicted that was there before they were."""
+        before, held = self.snapshot(), self.oracle.held
         done = self.llama._ctx.kv_cache_seq_rm(0, n_tokens, -1)
-        assert done == (n_tokens == 0 or self.oracle.held[..., n_tokens - 1 :].all())
+        assert done == (
+            n_tokens == 0
+            or held[..., n_tokens - 1 :].all()
+            or np.array_equal(held[..., :n_tokens], self._marks[n_tokens])
+        )
         if done:
             self.oracle.truncate(n_tokens)
+            self._marks[n_tokens] = self.oracle.held.copy()
             self._set_n_tokens(n_tokens)
         else:
             assert self.snapshot() == before
@@ -106,12 +119,12 @@ class Pair:
         self.llama._ctx.kv_cache_clear()
         self.oracle = self._empty.copy()
 
-    def save(self) -> tuple[Any, Float64Llama]:
-        return self.llama.save_state(), self.oracle.copy()
+    def save(self) -> tuple[Any, Float64Llama, dict[int, Mask]]:
+        return self.llama.save_state(), self.oracle.copy(), dict(self._marks)
 
-    def load(self, saved: tuple[Any, Float64Llama]) -> None:
+    def load(self, saved: tuple[Any, Float64Llama, dict[int, Mask]]) -> None:
         """Go on from what :meth:`save` returned, unless it holds more rows than there are now."""
-        state, oracle = saved
+        state, oracle, marks = saved
         before = self.snapshot()
         try:
             self.llama.load_state(state)
@@ -119,7 +132,7 @@ class Pair:
             assert oracle.held.sum() > self.kv.info().n_rows_max, "a state that fits"
             assert self.snapshot() == before
             return
-        self.oracle = oracle.copy()
+        self.oracle, self._marks = oracle.copy(), dict(marks)
 
     def set_budget(self, budget: int) -> None:
         """Change the budget; a smaller one gives cells up, the policy says which."""
@@ -134,6 +147,7 @@ class Pair:
             keep[head][positions[head][positions[head] >= 0]] = True
         assert keep.sum() <= budget * np.prod(keep.shape[:2])
         self.oracle.evict(keep)  # asserts that it is among what was held
+        self._marks[self.oracle.n_tokens] = self.oracle.held.copy()
 
     def snapshot(self) -> tuple[Any, int, bytes]:
         return self.kv.info(), self.llama.n_tokens, self.kv.positions().tobytes()
@@ -232,6 +246,7 @@ def test_logits_are_those_of_masked_cells(
 # -- any order of operations ----------------------------------------------------------------------
 
 NAMES = ["append"] * 4 + ["evict"] * 3 + ["fill", "append too many"]
+NAMES += ["evict the newer"] * 2 + ["go back anywhere"] * 2
 NAMES += ["go back", "go back to the evicted", "save", "load", "budget", "clear"]
 BUDGETS = (BUDGET, 8, 200)
 
@@ -266,6 +281,12 @@ def test_no_row_is_lost_or_doubled(
             refused(pair, pair.room + 1)
         elif name == "evict" and n_tokens > 0:
             pair.evict(oracle.random_mask(np.random.default_rng(number), pair.oracle.held))
+        elif name == "evict the newer" and n_tokens > 0:
+            keep = oracle.random_mask(np.random.default_rng(number), pair.oracle.held)
+            keep[..., : number % n_tokens] = pair.oracle.held[..., : number % n_tokens]
+            pair.evict(keep)
+        elif name == "go back anywhere" and n_tokens > 0:
+            pair.go_back(number % n_tokens)
         elif name == "go back" and n_tokens > 0:
             pair.go_back(max(0, n_tokens - 1 - number % 30))
         elif name == "go back to the evicted" and n_tokens > 0:

@@ -1,7 +1,8 @@
 """The pieces of ggml's C interface that op tests need, over ctypes.
 
 Works on the libraries of the built ``llama_cpp`` package, or on those in the folder that
-``LLAMA_CPP_LIB_PATH`` names. Nothing here is used by the product.
+``LLAMA_CPP_LIB_PATH`` names; on the CPU, or with ``CAPKV_TEST_DEVICE=gpu`` on the first GPU.
+Nothing here is used by the product.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ class _InitParams(ct.Structure):
     _fields_ = (("mem_size", ct.c_size_t), ("mem_buffer", ct.c_void_p), ("no_alloc", ct.c_bool))
 
 
+ON_GPU = os.environ.get("CAPKV_TEST_DEVICE") == "gpu"
+"""Whether the operators run on the first GPU instead of the CPU."""
+
+MAX_D_GPU = 256
+"""The largest head size that a GPU computes; larger ones are left to the CPU."""
+
+_GPU, _IGPU = 1, 2  # ggml_backend_dev_type
+
 _POINTER, _I64, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_size_t, ct.c_int
 
 # name: (library, result, arguments)
@@ -49,6 +58,14 @@ _FUNCTIONS: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_build_forward_expand": ("ggml-base", None, [_POINTER, _POINTER]),
     "ggml_quantize_chunk": ("ggml-base", _SIZE, [_INT, _POINTER, _POINTER, *[_I64] * 3, _POINTER]),
     "ggml_graph_compute_with_ctx": ("ggml-cpu", _INT, [_POINTER, _POINTER, _INT]),
+    "ggml_backend_dev_by_type": ("ggml", _POINTER, [_INT]),
+    "ggml_backend_dev_init": ("ggml-base", _POINTER, [_POINTER, ct.c_char_p]),
+    "ggml_backend_alloc_ctx_tensors": ("ggml-base", _POINTER, [_POINTER, _POINTER]),
+    "ggml_backend_buffer_free": ("ggml-base", None, [_POINTER]),
+    "ggml_backend_tensor_set": ("ggml-base", None, [_POINTER, _POINTER, _SIZE, _SIZE]),
+    "ggml_backend_tensor_get": ("ggml-base", None, [_POINTER, _POINTER, _SIZE, _SIZE]),
+    "ggml_backend_supports_op": ("ggml-base", ct.c_bool, [_POINTER, _POINTER]),
+    "ggml_backend_graph_compute": ("ggml-base", _INT, [_POINTER, _POINTER]),
     "ggml_leverage_score": (
         "ggml-base",
         _POINTER,
@@ -86,7 +103,7 @@ def load() -> dict[str, Any]:
     )
     libraries = {
         name: ct.CDLL(str(_existing(folder / f"{prefix}{name}{suffix}")))
-        for name in ("ggml-base", "ggml-cpu")  # in the order in which they need each other
+        for name in ("ggml-base", "ggml-cpu", "ggml")  # in the order in which they need each other
     }
     functions: dict[str, Any] = {}
     for name, (library, result, arguments) in _FUNCTIONS.items():
@@ -157,27 +174,60 @@ def leverage_score(
     n_kv, n_head_kv = last_cell - first_cell, last_head - first_head
 
     memory = cache.nbytes + (0 if weights is None else weights.nbytes) + 4 * n_kv * n_head_kv
-    ctx = c["ggml_init"](_InitParams(memory + _HEADROOM, None, False))
+    ctx = c["ggml_init"](_InitParams(memory + _HEADROOM, None, ON_GPU))
     try:
         base = c["ggml_new_tensor_2d"](ctx, value, d * n_head_cache, n_ctx)
-        _write(c["ggml_get_data"](base), cache)
         stride = row * n_head_cache
         offset = first_cell * stride + first_head * row
         u = c["ggml_view_3d"](ctx, base, d, n_head_kv, n_kv, row, stride, offset)
+        inputs = [(base, cache)]
         w = None
         if weights is not None:
             w = c["ggml_new_tensor_2d"](ctx, GGMLType.F32.value, n_kv, len(weights))
-            _write(c["ggml_get_data"](w), np.ascontiguousarray(weights, np.float32))
+            inputs.append((w, np.ascontiguousarray(weights, np.float32)))
         out = c["ggml_leverage_score"](ctx, u, w, scale, noise)
         graph = c["ggml_new_graph"](ctx)
         c["ggml_build_forward_expand"](graph, out)
+        result = np.empty((n_head_kv, n_kv), np.float32)
+        if ON_GPU:
+            _compute_on_gpu(ctx, graph, inputs, out, result)
+            return result
+        for tensor, array in inputs:
+            _write(c["ggml_get_data"](tensor), array)
         status = c["ggml_graph_compute_with_ctx"](ctx, graph, n_threads)
         assert status == 0, f"ggml_graph_compute_with_ctx returned {status}"
-        result = np.empty((n_head_kv, n_kv), np.float32)
         ct.memmove(result.ctypes.data, c["ggml_get_data"](out), result.nbytes)
         return result
     finally:
         c["ggml_free"](ctx)
+
+
+def _compute_on_gpu(
+    ctx: int, graph: int, inputs: list[tuple[int, NDArray[Any]]], out: int, result: F32
+) -> None:
+    c, backend = load(), _backend()
+    assert c["ggml_backend_supports_op"](backend, out), "the GPU does not support the operator"
+    buffer = c["ggml_backend_alloc_ctx_tensors"](ctx, backend)
+    assert buffer, "no memory on the GPU for the tensors"
+    try:
+        for tensor, array in inputs:
+            array = np.ascontiguousarray(array)
+            c["ggml_backend_tensor_set"](tensor, array.ctypes.data, 0, array.nbytes)
+        status = c["ggml_backend_graph_compute"](backend, graph)
+        assert status == 0, f"ggml_backend_graph_compute returned {status}"
+        c["ggml_backend_tensor_get"](out, result.ctypes.data, 0, result.nbytes)
+    finally:
+        c["ggml_backend_buffer_free"](buffer)
+
+
+@functools.cache
+def _backend() -> int:
+    """The first GPU, opened once for all tests."""
+    c = load()
+    by_type = c["ggml_backend_dev_by_type"]
+    device = by_type(_GPU) or by_type(_IGPU)
+    assert device, "CAPKV_TEST_DEVICE=gpu, but ggml sees no GPU: is it built for one?"
+    return int(c["ggml_backend_dev_init"](device, None))
 
 
 def _write(target: int, array: NDArray[Any]) -> None:

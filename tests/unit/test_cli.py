@@ -138,7 +138,7 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
     assert fake.calls[0] == ("open", {"verbose": False, "kv_observe": "tail"})
     fake.calls.clear()
     options = "--model m.gguf --policy knorm --budget 25% --n-ctx 999 --threads 3 --gpu-layers -1"
-    options += " --room 512"
+    options += " --room 512 --rpc desk:50052,10.0.0.2"
     more = "--type-k Q8_0 --type-v f16 --seed 7 --allocation uniform --observe probe -v"
     run("ask", TXT, "why?", *options.split(), *more.split())
     expected = {
@@ -151,6 +151,7 @@ def test_options_reach_the_session(fake: type[FakeChat], run: Run) -> None:
         "kv_room": 512,
         "n_threads": 3,
         "n_gpu_layers": -1,
+        "rpc_servers": "desk:50052,10.0.0.2",
         "type_k": "q8_0",
         "type_v": "f16",
         "seed": 7,
