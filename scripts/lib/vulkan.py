@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checks import count_passed, run_op_tests
+from .checks import count_passed, left_to_cpu, run_op_tests
 from .config import ROOT
 from .errors import SetupError
 from .keys import cmake_args
@@ -145,7 +145,7 @@ def judged(output: str, op: str, log: Path) -> str:
             f"llama.cpp does not see {DEVICE}, so all ran on the CPU; the log is {log}"
         )
     passed = count_passed(output, op, log)
-    if lacking := output.count("not supported"):
+    if lacking := left_to_cpu(output, DEVICE):
         raise SetupError(f"{DEVICE} leaves {lacking} cases of {op} to the CPU; the log is {log}")
     return f"{op}: {passed} cases pass on {DEVICE}"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.checks import left_to_cpu
 from lib.errors import SetupError
 from lib.vulkan import devices_of, judged, require_driver
 
@@ -52,6 +53,12 @@ PASSED = "Backend 1/2: Vulkan0\n  OP(a=1): OK\n  242/242 tests passed\nBackend 2
 
 def test_cases_that_pass_on_the_device_are_counted() -> None:
     assert judged(PASSED, "OP", LOG) == "OP: 242 cases pass on Vulkan0"
+
+
+def test_only_long_heads_may_be_left_to_the_cpu() -> None:
+    lines = [f"  OP(type_u=f16,d={d},nh_kv=1): not supported [X]" for d in (64, 256, 576)]
+    assert left_to_cpu("\n".join(lines), "Vulkan0") == 2
+    assert left_to_cpu("\n".join(lines), "CUDA0") == 3
 
 
 @pytest.mark.parametrize(
