@@ -47,8 +47,8 @@ def share_out(
     """Cells that each head keeps, of a budget that every pool of rows has for its own heads.
 
     Rows cannot move between devices: an allocation compares the heads of one pool. No head keeps
-    more than :data:`LONGEST` times its equal share, if the others hold enough: what a policy
-    computes is as long as the longest head, and would grow with the text.
+    more than :data:`LONGEST` times its equal share and :data:`SHORT` cells, if the others hold
+    enough: what a policy computes is as long as the longest head, and would grow with the text.
 
     Parameters
     ----------
@@ -92,14 +92,18 @@ def _within(scores: Scores, contested: Mask, total: int) -> Mask:
     if total < 0 or held.size == 0:
         return contested  # told by the allocator, or nothing to do
     level = _fill(held.ravel(), min(total, int(held.sum())))  # as equal as the heads allow
-    most = max(LONGEST * total // held.size, int(level.max()))
+    most = max(LONGEST * total // held.size, SHORT, int(level.max()))
     if held.max() <= most:
         return contested
     return top_cells(scores, contested, np.minimum(held, most))
 
 
-LONGEST = 4
-"""Most cells of a head, in equal shares of the budget."""
+LONGEST = 8
+"""Most cells of a head, in equal shares of the budget. 4 cost an eighth of the cells half of its
+answers (docs/evaluation.md)."""
+
+SHORT = 8192
+"""Cells that a head may have in any case."""
 
 PYRAMID_BETA = 20
 """Mean budget over the last layer's: the default of PyramidKV and of kvpress."""
