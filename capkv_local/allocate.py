@@ -92,7 +92,7 @@ def _within(scores: Scores, contested: Mask, total: int) -> Mask:
     if total < 0 or held.size == 0:
         return contested  # told by the allocator, or nothing to do
     level = _fill(held.ravel(), min(total, int(held.sum())))  # as equal as the heads allow
-    most = max(LONGEST * total // held.size, SHORT, int(level.max()))
+    most = max(most_cells(total, held.size), int(level.max()))
     if held.max() <= most:
         return contested
     return top_cells(scores, contested, np.minimum(held, most))
@@ -104,6 +104,12 @@ answers (docs/evaluation.md)."""
 
 SHORT = 8192
 """Cells that a head may have in any case."""
+
+
+def most_cells(total: int, n_heads: int) -> int:
+    """Cells that one head may keep of ``total`` that so many heads share."""
+    return max(LONGEST * total // n_heads, SHORT)
+
 
 PYRAMID_BETA = 20
 """Mean budget over the last layer's: the default of PyramidKV and of kvpress."""

@@ -126,10 +126,9 @@ def serve(endpoint: str, devices: Sequence[Device], n_threads: int, cache: str |
     cache
         Folder for the weights that are received, so that they are sent once; None: no cache.
     """
-    handles = (_POINTER * len(devices))(*(device.handle for device in devices))
     folder = None if cache is None else cache.encode()
     start = _START_SERVER(_rpc("ggml_backend_rpc_start_server"))
-    start(endpoint.encode(), folder, n_threads, len(devices), handles)
+    start(endpoint.encode(), folder, n_threads, len(devices), handles(devices))
 
 
 def handles(devices: Sequence[Device]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from capkv_local.allocate import LONGEST, SHORT
+from capkv_local.allocate import most_cells
 from capkv_local.cache import evicts
 from capkv_local.header import ContextSizes, ModelHeader
 from capkv_local.native import Info
@@ -285,8 +285,8 @@ class Planner:
         if self.settings.uniform:
             return n_cells
         n_all = self.settings.n_ctx + self.settings.n_scratch
-        most = min(max(LONGEST * n_cells, SHORT), self.cache.n_heads * n_cells)
-        return max(n_cells, min(n_all, most))
+        total = self.cache.n_heads * n_cells
+        return max(n_cells, min(n_all, total, most_cells(total, self.cache.n_heads)))
 
 
 def _last_that_fits(

@@ -24,7 +24,6 @@ from capkv_local import devices, native
 from capkv_local.devices import Device
 from capkv_local.errors import NativeBuildMissing, ServerError
 
-DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50052  # as in llama.cpp
 
 PROTOCOL = (7, 0, 1)

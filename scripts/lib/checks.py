@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from . import gitseries
@@ -19,6 +20,12 @@ _SUMMARY = re.compile(r"(\d+)/(\d+) tests passed")
 _HEAD_SIZE = re.compile(r"[(,]d=(\d+)")
 _DEVICES = re.compile(r"Testing (\d+) devices")
 _TAIL_LINES = 40
+
+DEVICE_VARIABLE = "CAPKV_TEST_DEVICE"
+"""Says on which device tests run that run on any."""
+
+DEVICE_TESTS = ("tests/model/test_devices.py", "tests/e2e/test_devices.py")
+"""The cache in the memory of that device, against the CPU."""
 
 
 def run_checks(environment: Environment) -> None:
@@ -90,6 +97,67 @@ def left_to_cpu(output: str, device: str) -> int:
     lines = [line for line in output.splitlines() if "not supported" in line]
     sizes = [_HEAD_SIZE.search(line) for line in lines]
     return sum(size is None or int(size[1]) <= most for size in sizes)
+
+
+def passed_on(device: str, environment: Environment, log: Path) -> str:
+    """Run the tests of every operator of the series on a device, against the CPU.
+
+    Raises
+    ------
+    SetupError
+        See :func:`judged`.
+    """
+    said = []
+    for op in environment.series.test_ops:
+        output = run_op_tests(environment, log, "test", "-b", device, "-o", op)
+        said.append(judged(output, op, device, log))
+    return "; ".join(said)
+
+
+def judged(output: str, op: str, device: str, log: Path) -> str:
+    """Return how many cases passed on the device.
+
+    Raises
+    ------
+    SetupError
+        The device was not there, or it left cases to the CPU: the program calls that a success.
+    """
+    if not re.search(rf"^Backend \d+/\d+: {re.escape(device)}$", output, re.MULTILINE):
+        raise SetupError(
+            f"llama.cpp does not see {device}, so all ran on the CPU; the log is {log}"
+        )
+    passed = count_passed(output, op, log)
+    if lacking := left_to_cpu(output, device):
+        raise SetupError(f"{device} leaves {lacking} cases of {op} to the CPU; the log is {log}")
+    return f"{op}: {passed} cases pass on {device}"
+
+
+def run_python(
+    environment: Environment, log: Path, *args: str, env: Mapping[str, str] | None = None
+) -> str:
+    """Run Python with arguments in the environment; return its standard output.
+
+    Raises
+    ------
+    SetupError
+        It failed: how the log ends, and where it is.
+    """
+    command = [str(environment.venv.python), *args]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment.process_env(), **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = f"{done.stderr}{done.stdout}"
+    with log.open("a") as sink:
+        sink.write(f"$ {shlex.join(command)}\n{said}")
+    if done.returncode != 0:
+        last = "\n".join(f"    {line}" for line in said.strip().splitlines()[-15:])
+        raise SetupError(f"exit {done.returncode}; the log is {log} and ends with:\n{last}")
+    return done.stdout
 
 
 def run_op_tests(environment: Environment, log: Path, *args: str) -> str:

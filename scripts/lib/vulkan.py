@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checks import count_passed, left_to_cpu, run_op_tests
+from .checks import DEVICE_TESTS, DEVICE_VARIABLE, passed_on, run_python
 from .config import ROOT
 from .errors import SetupError
 from .keys import cmake_args
@@ -22,8 +22,6 @@ DEVICE = "Vulkan0"
 PACKAGES = "glslc libvulkan-dev spirv-headers mesa-vulkan-drivers vulkan-tools"
 # Older ones corrupt the heap: they count references of buffers that are gone (docs/gpu/vulkan.md).
 MIN_MESA = (25, 0)
-# Of what runs on any device; which it is, the environment says.
-DEVICE_TESTS = ("tests/model/test_devices.py", "tests/e2e/test_devices.py")
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,13 @@ def check_vulkan(plan: Plan) -> int:
     log.write_text("")
     size = ["--tokens", str(plan.tokens)]
     steps: list[tuple[str, Callable[[], str]]] = [
-        ("test-backend-ops", lambda: _operators(environment, log)),
+        ("test-backend-ops", lambda: passed_on(DEVICE, environment, log)),
         ("operators against float64", lambda: _pytest(environment, log, "tests/native")),
         ("the default model, f32", lambda: _end_to_end(environment, log, *size, f32=True)),
         ("the default model", lambda: _end_to_end(environment, log, *size)),
     ]
-    tests = [name for name in DEVICE_TESTS if (ROOT / name).is_file()]
-    if plan.all_devices and tests:
-        steps.append(("device tests", lambda: _pytest(environment, log, *tests)))
+    if plan.all_devices:
+        steps.append(("device tests", lambda: _pytest(environment, log, *DEVICE_TESTS)))
     failed = []
     for title, step in steps:
         started = time.monotonic()
@@ -123,33 +120,6 @@ def require_driver(devices: list[dict[str, str]], env: Mapping[str, str] = os.en
     return said
 
 
-def _operators(environment: Environment, log: Path) -> str:
-    """Every operator of the series against the CPU; a device that nobody saw is a failure."""
-    said = []
-    for op in environment.series.test_ops:
-        output = run_op_tests(environment, log, "test", "-b", DEVICE, "-o", op)
-        said.append(judged(output, op, log))
-    return "; ".join(said)
-
-
-def judged(output: str, op: str, log: Path) -> str:
-    """Return how many cases passed on the device.
-
-    Raises
-    ------
-    SetupError
-        The device was not there, or it left cases to the CPU: the program calls that a success.
-    """
-    if not re.search(rf"^Backend \d+/\d+: {DEVICE}$", output, re.MULTILINE):
-        raise SetupError(
-            f"llama.cpp does not see {DEVICE}, so all ran on the CPU; the log is {log}"
-        )
-    passed = count_passed(output, op, log)
-    if lacking := left_to_cpu(output, DEVICE):
-        raise SetupError(f"{DEVICE} leaves {lacking} cases of {op} to the CPU; the log is {log}")
-    return f"{op}: {passed} cases pass on {DEVICE}"
-
-
 def _pytest(environment: Environment, log: Path, *names: str) -> str:
     output = _python(environment, log, "-m", "pytest", "-q", "-ra", *names)
     return output.strip().splitlines()[-1]
@@ -165,13 +135,4 @@ def _end_to_end(environment: Environment, log: Path, *args: str, f32: bool = Fal
 def _python(
     environment: Environment, log: Path, *args: str, env: Mapping[str, str] | None = None
 ) -> str:
-    command = [str(environment.venv.python), *args]
-    env = {**environment.process_env(), "CAPKV_TEST_DEVICE": "gpu", **(env or {})}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    with log.open("a") as sink:
-        sink.write(f"$ {shlex.join(command)}\n{done.stderr}{done.stdout}")
-    if done.returncode != 0:
-        last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-15:]
-        said = "\n".join(f"    {line}" for line in last)
-        raise SetupError(f"exit {done.returncode}; the log is {log} and ends with:\n{said}")
-    return done.stdout
+    return run_python(environment, log, *args, env={DEVICE_VARIABLE: "gpu", **(env or {})})

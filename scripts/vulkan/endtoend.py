@@ -157,7 +157,6 @@ def run(n_gpu_layers: int, allocation: str, budget: int, n_tokens: int) -> Run:
     try:
         for other in (cpu, alone):  # heads share a budget with those on the same device only
             other._cache.kv.pools = device._cache.kv.pools
-        cpu.eval([1, 2, 3])  # how a layer attends is known from its first decode on
         judge = Judge(device, cpu)
         tokens = prompt(device, n_tokens)
         said = answer(device, tokens, 16)

@@ -51,6 +51,9 @@ _FUNCTIONS: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_free": ("ggml-base", None, [_POINTER]),
     "ggml_new_tensor_1d": ("ggml-base", _POINTER, [_POINTER, _INT, _I64]),
     "ggml_new_tensor_2d": ("ggml-base", _POINTER, [_POINTER, _INT, _I64, _I64]),
+    "ggml_new_tensor_3d": ("ggml-base", _POINTER, [_POINTER, _INT, *[_I64] * 3]),
+    "ggml_set_name": ("ggml-base", _POINTER, [_POINTER, ct.c_char_p]),
+    "ggml_permute": ("ggml-base", _POINTER, [_POINTER, _POINTER, *[_INT] * 4]),
     "ggml_view_3d": ("ggml-base", _POINTER, [_POINTER, _POINTER, *[_I64] * 3, *[_SIZE] * 3]),
     "ggml_get_data": ("ggml-base", _POINTER, [_POINTER]),
     "ggml_row_size": ("ggml-base", _SIZE, [_INT, _I64]),
@@ -59,13 +62,21 @@ _FUNCTIONS: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_quantize_chunk": ("ggml-base", _SIZE, [_INT, _POINTER, _POINTER, *[_I64] * 3, _POINTER]),
     "ggml_graph_compute_with_ctx": ("ggml-cpu", _INT, [_POINTER, _POINTER, _INT]),
     "ggml_backend_dev_by_type": ("ggml", _POINTER, [_INT]),
+    "ggml_backend_reg_dev_get": ("ggml-base", _POINTER, [_POINTER, _SIZE]),
+    "ggml_backend_meta_device": ("ggml-base", _POINTER, [_POINTER, _SIZE, _POINTER, _POINTER]),
     "ggml_backend_dev_init": ("ggml-base", _POINTER, [_POINTER, ct.c_char_p]),
+    "ggml_backend_free": ("ggml-base", None, [_POINTER]),
+    "ggml_backend_get_default_buffer_type": ("ggml-base", _POINTER, [_POINTER]),
     "ggml_backend_alloc_ctx_tensors": ("ggml-base", _POINTER, [_POINTER, _POINTER]),
     "ggml_backend_buffer_free": ("ggml-base", None, [_POINTER]),
     "ggml_backend_tensor_set": ("ggml-base", None, [_POINTER, _POINTER, _SIZE, _SIZE]),
     "ggml_backend_tensor_get": ("ggml-base", None, [_POINTER, _POINTER, _SIZE, _SIZE]),
     "ggml_backend_supports_op": ("ggml-base", ct.c_bool, [_POINTER, _POINTER]),
     "ggml_backend_graph_compute": ("ggml-base", _INT, [_POINTER, _POINTER]),
+    "ggml_gallocr_new": ("ggml-base", _POINTER, [_POINTER]),
+    "ggml_gallocr_alloc_graph": ("ggml-base", ct.c_bool, [_POINTER, _POINTER]),
+    "ggml_gallocr_free": ("ggml-base", None, [_POINTER]),
+    "ggml_lightning_indexer": ("ggml-base", _POINTER, [_POINTER] * 5),
     "ggml_leverage_score": (
         "ggml-base",
         _POINTER,
@@ -95,14 +106,8 @@ def load() -> dict[str, Any]:
     AttributeError
         The build lacks a function: it is not the patched one.
     """
-    folder = library_folder()
-    if folder is None:
-        raise FileNotFoundError("llama_cpp is not installed and LLAMA_CPP_LIB_PATH is not set")
-    prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(
-        sys.platform, ("lib", ".so")
-    )
     libraries = {
-        name: ct.CDLL(str(_existing(folder / f"{prefix}{name}{suffix}")))
+        name: ct.CDLL(str(library_file(name)))
         for name in ("ggml-base", "ggml-cpu", "ggml")  # in the order in which they need each other
     }
     functions: dict[str, Any] = {}
@@ -113,7 +118,21 @@ def load() -> dict[str, Any]:
     return functions
 
 
-def _existing(path: Path) -> Path:
+def library_file(name: str) -> Path:
+    """The file of a library.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no build, or it lacks the library.
+    """
+    folder = library_folder()
+    if folder is None:
+        raise FileNotFoundError("llama_cpp is not installed and LLAMA_CPP_LIB_PATH is not set")
+    prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(
+        sys.platform, ("lib", ".so")
+    )
+    path = folder / f"{prefix}{name}{suffix}"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: build the native libraries first")
     return path
@@ -134,6 +153,32 @@ def quantize(x: F32, kind: str) -> U8:
 def dequantize(rows: U8, kind: str) -> F64:
     """Values of ``rows`` [..., bytes of a row] as [..., d], by gguf's numpy code, not ggml's."""
     return quants.dequantize(rows, GGMLType[kind]).astype(np.float64)
+
+
+def context(n_bytes: int = 1 << 20, *, no_alloc: bool = True) -> int:
+    """Room for tensors; their data are elsewhere with ``no_alloc``."""
+    return int(load()["ggml_init"](_InitParams(n_bytes, None, no_alloc)))
+
+
+def cache_view(
+    ctx: int, cache: U8, kind: str, d: int, cells: slice, heads: slice
+) -> tuple[int, int]:
+    """A tensor for a whole cache, and the view of it; see :func:`leverage_score`."""
+    c = load()
+    n_ctx, n_head, row = cache.shape
+    first_cell, last_cell, _ = cells.indices(n_ctx)
+    first_head, last_head, _ = heads.indices(n_head)
+    stride = row * n_head
+    base = c["ggml_new_tensor_2d"](ctx, GGMLType[kind].value, d * n_head, n_ctx)
+    shape = (d, last_head - first_head, last_cell - first_cell)
+    offset = first_cell * stride + first_head * row
+    return base, c["ggml_view_3d"](ctx, base, *shape, row, stride, offset)
+
+
+def set_tensor(tensor: int, array: NDArray[Any]) -> None:
+    """Copy the data of a tensor to where its backend has it."""
+    array = np.ascontiguousarray(array)
+    load()["ggml_backend_tensor_set"](tensor, array.ctypes.data, 0, array.nbytes)
 
 
 def leverage_score(
@@ -167,19 +212,12 @@ def leverage_score(
     -------
     [n_head_kv, n_kv]
     """
-    c, value = load(), GGMLType[kind].value
-    n_ctx, n_head_cache, row = cache.shape
-    first_cell, last_cell, _ = cells.indices(n_ctx)
-    first_head, last_head, _ = heads.indices(n_head_cache)
-    n_kv, n_head_kv = last_cell - first_cell, last_head - first_head
-
+    c = load()
+    n_kv, n_head_kv, _ = cache[cells, heads].shape
     memory = cache.nbytes + (0 if weights is None else weights.nbytes) + 4 * n_kv * n_head_kv
-    ctx = c["ggml_init"](_InitParams(memory + _HEADROOM, None, ON_GPU))
+    ctx = context(memory + _HEADROOM, no_alloc=ON_GPU)
     try:
-        base = c["ggml_new_tensor_2d"](ctx, value, d * n_head_cache, n_ctx)
-        stride = row * n_head_cache
-        offset = first_cell * stride + first_head * row
-        u = c["ggml_view_3d"](ctx, base, d, n_head_kv, n_kv, row, stride, offset)
+        base, u = cache_view(ctx, cache, kind, d, cells, heads)
         inputs = [(base, cache)]
         w = None
         if weights is not None:
@@ -211,8 +249,7 @@ def _compute_on_gpu(
     assert buffer, "no memory on the GPU for the tensors"
     try:
         for tensor, array in inputs:
-            array = np.ascontiguousarray(array)
-            c["ggml_backend_tensor_set"](tensor, array.ctypes.data, 0, array.nbytes)
+            set_tensor(tensor, array)
         status = c["ggml_backend_graph_compute"](backend, graph)
         assert status == 0, f"ggml_backend_graph_compute returned {status}"
         c["ggml_backend_tensor_get"](out, result.ctypes.data, 0, result.nbytes)

@@ -11,6 +11,10 @@ RIDGE = 1e-5
 """The op's rule: dimension k gets max(noise, RIDGE * sum_j w_j u_jk^2)."""
 
 
+class KernelError(Exception):
+    """A kernel, or the host code around it, did what would be undefined on a GPU."""
+
+
 def expected(
     u: F64, weights: F32 | None = None, scale: float = 1.0, noise: float = 1.0
 ) -> tuple[F64, float]:

@@ -13,10 +13,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from . import ggml, metal_build
 from .ggml import F32, U8
-
-
-class KernelError(Exception):
-    """The kernel or its host code did what would be undefined on a GPU."""
+from .leverage import KernelError
 
 
 @dataclass(frozen=True)
@@ -47,39 +44,14 @@ class Job:
     heads: slice = field(default_factory=lambda: slice(None))
 
 
-_P, _I64, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_size_t, ct.c_int
-_BACKEND: dict[str, tuple[Any, list[Any]]] = {
-    "ggml_new_tensor_3d": (_P, [_P, _INT, *[_I64] * 3]),
-    "ggml_permute": (_P, [_P, _P, *[_INT] * 4]),
-    "ggml_lightning_indexer": (_P, [_P] * 5),
-    "ggml_backend_reg_dev_get": (_P, [_P, _SIZE]),
-    "ggml_backend_dev_init": (_P, [_P, _P]),
-    "ggml_backend_free": (None, [_P]),
-    "ggml_backend_supports_op": (ct.c_bool, [_P, _P]),
-    "ggml_backend_alloc_ctx_tensors": (_P, [_P, _P]),
-    "ggml_backend_buffer_free": (None, [_P]),
-    "ggml_backend_tensor_set": (None, [_P, _P, _SIZE, _SIZE]),
-    "ggml_backend_tensor_get": (None, [_P, _P, _SIZE, _SIZE]),
-    "ggml_backend_graph_compute": (_INT, [_P, _P]),
-}
-
-
 class Metal:
     """The backend in a compiled library."""
 
     def __init__(self, library: Path) -> None:
-        folder = ggml.library_folder()
-        assert folder is not None
-        ggml.load()
-        base = ct.CDLL(str(folder / "libggml-base.so"))
-        self.c = dict(ggml.load())
-        for name, (result, arguments) in _BACKEND.items():
-            function = getattr(base, name)
-            function.restype, function.argtypes = result, arguments
-            self.c[name] = function
+        self.c = ggml.load()
         self._lib = ct.CDLL(str(library))
-        self._lib.ggml_backend_init.restype = _P
-        self._lib.metal_options.argtypes = [_INT, ct.c_uint64]
+        self._lib.ggml_backend_init.restype = ct.c_void_p
+        self._lib.metal_options.argtypes = [ct.c_int, ct.c_uint64]
         self._lib.metal_error.restype = ct.c_char_p
         self._lib.metal_set_has_bfloat.argtypes = [ct.c_bool]
         device = self.c["ggml_backend_reg_dev_get"](self._lib.ggml_backend_init(), 0)
@@ -100,7 +72,7 @@ class Metal:
     def supports(self, job: Job, *, has_bfloat: bool = True) -> bool:
         """Whether the backend takes the op, on a GPU that knows bfloat or not."""
         self._lib.metal_set_has_bfloat(has_bfloat)
-        ctx = self.context()
+        ctx = ggml.context()
         try:
             out, _ = self._build(ctx, job, [])
             return bool(self.c["ggml_backend_supports_op"](self._backend, out))
@@ -110,7 +82,7 @@ class Metal:
 
     def run(self, jobs: Sequence[Job], order: Order = ORDERS[0]) -> list[F32]:
         """Run a graph and return the scores of every job, [n_head_kv, n_kv]."""
-        ctx = self.context()
+        ctx = ggml.context()
         outs: list[tuple[int, tuple[int, ...]]] = []
         inputs: list[tuple[int, Any]] = []
         for job in jobs:
@@ -142,8 +114,7 @@ class Metal:
                 c["ggml_build_forward_expand"](graph, out)
             buffer = c["ggml_backend_alloc_ctx_tensors"](ctx, self._backend)
             for tensor, array in inputs:
-                array = np.ascontiguousarray(array)
-                c["ggml_backend_tensor_set"](tensor, array.ctypes.data, 0, array.nbytes)
+                ggml.set_tensor(tensor, array)
             self._lib.metal_options(order.order, order.seed)
             status = c["ggml_backend_graph_compute"](self._backend, graph)
             results = [np.empty(shape, np.float32) for _, shape in outs]
@@ -158,32 +129,19 @@ class Metal:
         assert status == 0
         return results
 
-    def context(self) -> int:
-        """Room for tensors whose data are on the backend."""
-        init = self.c["ggml_init"]
-        (parameters,) = init.argtypes
-        return int(init(parameters(1 << 20, None, True)))
-
     def _build(self, ctx: int, job: Job, outs: Sequence[int]) -> tuple[int, list[tuple[int, Any]]]:
         """Return the op, and the tensors that need data."""
-        c, value = self.c, GGMLType[job.kind].value
-        n_ctx, n_head, row = job.cache.shape
-        first_cell, last_cell, _ = job.cells.indices(n_ctx)
-        first_head, last_head, _ = job.heads.indices(n_head)
-        n_kv, stride = last_cell - first_cell, row * n_head
-        base = c["ggml_new_tensor_2d"](ctx, value, job.d * n_head, n_ctx)
-        offset = first_cell * stride + first_head * row
-        shape = (job.d, last_head - first_head, n_kv)
-        u = c["ggml_view_3d"](ctx, base, *shape, row, stride, offset)
+        base, u = ggml.cache_view(ctx, job.cache, job.kind, job.d, job.cells, job.heads)
         inputs: list[tuple[int, Any]] = [(base, job.cache)]
         w: int | None = None
         if isinstance(job.weights, int):
             w = outs[job.weights]
         elif job.weights is not None:
-            w = c["ggml_new_tensor_2d"](ctx, GGMLType.F32.value, n_kv, len(job.weights))
+            n_head, n_kv = job.weights.shape
+            w = self.c["ggml_new_tensor_2d"](ctx, GGMLType.F32.value, n_kv, n_head)
             assert w is not None
             inputs.append((w, job.weights.astype(np.float32)))
-        return c["ggml_leverage_score"](ctx, u, w, job.scale, job.noise), inputs
+        return self.c["ggml_leverage_score"](ctx, u, w, job.scale, job.noise), inputs
 
 
 def backend() -> Metal:

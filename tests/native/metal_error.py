@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from . import ggml, metal
 from .ggml import F32, F64
-from .test_leverage_op import expected, random_cache, random_weights
+from .leverage import expected, random_cache, random_weights
 
 
 def errors(got: F32, want: F64, condition: float) -> tuple[float, float, float]:

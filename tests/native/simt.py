@@ -21,6 +21,7 @@ from lib.patchedtree import patched_tree, read_files
 from lib.tools import cxx_compiler
 
 from .ggml import F32, U8
+from .leverage import KernelError
 
 KERNEL = "leverage-score.cu"
 _SHIM = Path(__file__).parent / "simt"
@@ -39,10 +40,6 @@ _SHARED = re.compile(
     r"__shared__\s+(?:__align__\((?P<align>\d+)\)\s+)?"
     r"(?P<type>\w+)\s+(?P<name>\w+)\s*(?P<size>(?:\[[^\]]+\])+);"
 )
-
-
-class KernelError(Exception):
-    """The kernel did what would be undefined on a GPU."""
 
 
 @dataclass(frozen=True)

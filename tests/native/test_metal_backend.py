@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
-from . import ggml, metal, metal_build
+from . import ggml, metal_build
+from .leverage import check, expected, random_cache, random_weights
 from .metal import ORDERS, Job, Metal, Order
-from .test_leverage_op import check, expected, random_cache, random_weights
-
-
-@pytest.fixture(scope="module")
-def backend() -> Metal:
-    try:
-        return metal.backend()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def test_a_kernel_that_is_known_to_work_works_here() -> None:
@@ -39,7 +31,7 @@ def test_a_kernel_that_is_known_to_work_works_here() -> None:
         return int(backend.c["ggml_new_tensor_3d"](ctx, kind.value, *shape))
 
     for order in ORDERS:
-        ctx = backend.context()
+        ctx = ggml.context()
         tensors = (
             tensor(ctx, GGMLType.F32, d, n_head, n_batch),
             tensor(ctx, GGMLType.Q8_0, d, 1, n_kv),
@@ -106,7 +98,7 @@ def test_heads_of_a_pool(backend: Metal, kind: str) -> None:
     c, d, first, n_kv = backend.c, 64, 40, 77
     pool = random_cache(31, 500, 1, d, kind)  # [rows, 1, bytes of a row]
     row = pool.shape[2]
-    ctx = backend.context()
+    ctx = ggml.context()
     rows = c["ggml_new_tensor_2d"](ctx, GGMLType[kind].value, d, len(pool))
     outs = []
     for n_head, stride in ((1, n_kv), (3, 100)):

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from . import ggml, metal_build
-from .metal import ORDERS, Job, KernelError, Metal
+from .leverage import KernelError, check, expected, random_cache, random_weights
+from .metal import ORDERS, Job, Metal
 from .metal_build import KERNEL
-from .test_leverage_op import check, expected, random_cache, random_weights
 
 _HOST = "ggml-metal-ops.cpp"
 _BARRIER = re.compile(r"^ +(?:threadgroup|simdgroup)_barrier\(.*\);$", re.M)

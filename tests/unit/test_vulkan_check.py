@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lib.checks import left_to_cpu
+from lib.checks import judged, left_to_cpu
 from lib.errors import SetupError
-from lib.vulkan import devices_of, judged, require_driver
+from lib.vulkan import DEVICE, devices_of, require_driver
 
 SUMMARY = """\
 Devices:
@@ -52,7 +52,7 @@ PASSED = "Backend 1/2: Vulkan0\n  OP(a=1): OK\n  242/242 tests passed\nBackend 2
 
 
 def test_cases_that_pass_on_the_device_are_counted() -> None:
-    assert judged(PASSED, "OP", LOG) == "OP: 242 cases pass on Vulkan0"
+    assert judged(PASSED, "OP", DEVICE, LOG) == "OP: 242 cases pass on Vulkan0"
 
 
 def test_only_long_heads_may_be_left_to_the_cpu() -> None:
@@ -72,4 +72,4 @@ def test_only_long_heads_may_be_left_to_the_cpu() -> None:
 def test_what_ran_elsewhere_does_not_count(output: str, said: str) -> None:
     """The program itself calls all of these a success."""
     with pytest.raises(SetupError, match=said):
-        judged(output, "OP", LOG)
+        judged(output, "OP", DEVICE, LOG)
