@@ -17,7 +17,7 @@ from capkv_local.errors import CapKVError, StateError
 
 if TYPE_CHECKING:
     from capkv_local.chat import DocumentChat
-    from capkv_local.snapshot_cache import Entry
+    from capkv_local.snapshot.cache import Entry
 
 cache_option = click.option(
     "--cache/--no-cache",
@@ -39,7 +39,7 @@ def open_and_read(
         return _read(sources, options, cite)[0]
 
     from capkv_local.models import default_model, fingerprint
-    from capkv_local.snapshot_cache import SnapshotCache
+    from capkv_local.snapshot.cache import SnapshotCache
 
     kept = SnapshotCache()
     model = fingerprint(options.model or default_model())
@@ -104,7 +104,7 @@ def ls_command(as_json: bool) -> None:
       {"folder", "bytes", "bytes_max", "snapshots": [{"name", "bytes",
        "last_used", "tokens", "model" (null: damaged), "documents": [names]}]}
     """
-    from capkv_local.snapshot_cache import SnapshotCache
+    from capkv_local.snapshot.cache import SnapshotCache
 
     kept = SnapshotCache()
     entries = kept.entries()
@@ -158,7 +158,7 @@ def rm_command(names: tuple[str, ...], all_: bool, as_json: bool) -> None:
     The JSON object:
       {"deleted": [names], "bytes": freed}
     """
-    from capkv_local.snapshot_cache import SnapshotCache
+    from capkv_local.snapshot.cache import SnapshotCache
 
     if bool(names) == all_:
         raise click.UsageError("give the names to delete (capkv cache ls), or --all")

@@ -204,7 +204,7 @@ def conversation_type(as_json: bool) -> type[Conversation]:
 
 def completions() -> list[str]:
     """Return what Tab completes at the prompt: commands, and the names they take."""
-    from capkv_local.allocate import ALLOCATORS
+    from capkv_local.budget.allocate import ALLOCATORS
     from capkv_local.policies import policy_names
 
     names = [f"/policy {name}" for name in policy_names()]
@@ -234,7 +234,7 @@ def _policy(session: DocumentChat, argument: str) -> None:
 
 
 def _allocation(session: DocumentChat, argument: str) -> None:
-    from capkv_local.allocate import ALLOCATORS
+    from capkv_local.budget.allocate import ALLOCATORS
 
     if argument:
         session.set_allocation(argument)

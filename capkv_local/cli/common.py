@@ -285,7 +285,7 @@ def session_path(path: Path) -> Path:
 def open_chat(sources: Sources, options: ModelOptions) -> DocumentChat:
     """Load the model, and the saved session if there is one."""
     from capkv_local.chat import DocumentChat
-    from capkv_local.rpc import exit_on_loss
+    from capkv_local.devices.rpc import exit_on_loss
 
     exit_on_loss()
     with _warnings_told(), display.waiting("loading the model"):

@@ -26,13 +26,13 @@ def complete_policies(ctx: click.Context, param: click.Parameter, start: str) ->
 
 def complete_allocations(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
     """Names of allocations that begin so."""
-    from capkv_local.allocate import ALLOCATORS
+    from capkv_local.budget.allocate import ALLOCATORS
 
     return [name for name in ALLOCATORS if name.startswith(start)]
 
 
 def complete_kept(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
     """Names of kept readings that begin so."""
-    from capkv_local.snapshot_cache import SnapshotCache
+    from capkv_local.snapshot.cache import SnapshotCache
 
     return [entry.name for entry in SnapshotCache().entries() if entry.name.startswith(start)]

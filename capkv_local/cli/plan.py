@@ -17,10 +17,10 @@ from capkv_local.cli.display import columns, size
 from capkv_local.cli.guard import debug_option
 
 if TYPE_CHECKING:
-    from capkv_local.advice import Advice, BudgetFit, TypeFit
-    from capkv_local.header import ModelHeader
-    from capkv_local.measured import Pair
-    from capkv_local.planner import Need
+    from capkv_local.models.header import ModelHeader
+    from capkv_local.plan.advice import Advice, BudgetFit, TypeFit
+    from capkv_local.plan.measured import Pair
+    from capkv_local.plan.planner import Need
 
 
 _WIDTH = 90
@@ -35,7 +35,7 @@ class _Memory(click.ParamType[int]):
     name = "memory"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from capkv_local.budget import parse_memory
+        from capkv_local.budget.parse import parse_memory
         from capkv_local.errors import BudgetError
 
         try:
@@ -108,10 +108,10 @@ def plan_command(model: Path | None, memory: int | None, n_ctx: int | None, as_j
        "take": {"type", "budget" (null: all), "need", "command"} or null,
        "least": the smallest cache that there is}
     """
-    from capkv_local.advice import advise
     from capkv_local.errors import BudgetError
-    from capkv_local.header import ModelHeader
     from capkv_local.models import default_model
+    from capkv_local.models.header import ModelHeader
+    from capkv_local.plan.advice import advise
 
     with ModelHeader(model or default_model()) as header:
         task = _task(header, model, memory, n_ctx)
@@ -127,7 +127,7 @@ def plan_command(model: Path | None, memory: int | None, n_ctx: int | None, as_j
 
 
 def _task(header: ModelHeader, model: Path | None, memory: int | None, n_ctx: int | None) -> _Task:
-    from capkv_local.memory import SHARE, available_memory
+    from capkv_local.plan.memory import SHARE, available_memory
 
     warnings = []
     if n_ctx is not None and n_ctx > header.n_ctx_train:
@@ -165,7 +165,7 @@ def _too_small(task: _Task, advice: Advice) -> str:
 
 
 def _render(header: ModelHeader, task: _Task, advice: Advice) -> str:
-    from capkv_local.measured import SOURCE
+    from capkv_local.plan.measured import SOURCE
 
     head = {
         "model": f"{header.name} ({header.arch}), {header.n_params / 1e9:.2f}B parameters, "

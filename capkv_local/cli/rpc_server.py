@@ -13,7 +13,7 @@ from capkv_local.cli.guard import debug_option
 from capkv_local.home import home
 
 if TYPE_CHECKING:
-    from capkv_local.devices import Device
+    from capkv_local.devices.ggml import Device
 
 _LOCAL = ("127.", "localhost")
 
@@ -73,7 +73,7 @@ def rpc_server_command(
       capkv rpc-server --host 10.0.0.2 --device CUDA0   # in the network 10.0.0.*
       capkv chat --rpc 10.0.0.2:50052 book.pdf          # on another machine
     """
-    from capkv_local import rpc
+    from capkv_local.devices import rpc
 
     def ready(endpoint: str, devices: Sequence[Device]) -> None:
         shown = ", ".join(f"{device.name} ({device.description})" for device in devices)

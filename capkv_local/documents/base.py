@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from capkv_local.documents.sources import Place, Source
 from capkv_local.errors import DocumentError
-from capkv_local.sources import Place, Source
 
 MIB = 1 << 20
 # What to do with a format that is not read.

@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 from capkv_local.documents.base import Part, separated, short
 from capkv_local.documents.files import Input
 from capkv_local.documents.html import parse
+from capkv_local.documents.sources import Place
 from capkv_local.documents.zips import check_member, opened_zip
 from capkv_local.errors import DocumentError
-from capkv_local.sources import Place
 
 _CONTAINER = "META-INF/container.xml"
 _ENCRYPTION = "META-INF/encryption.xml"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from capkv_local.documents.base import MIB, Part, clean, short
 from capkv_local.documents.encoding import marked, refuse_binary
 from capkv_local.documents.files import Input
+from capkv_local.documents.sources import Place
 from capkv_local.errors import DocumentError
-from capkv_local.sources import Place
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup

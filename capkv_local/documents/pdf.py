@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from capkv_local.documents.base import MIB, Part, clean, separated, short
 from capkv_local.documents.files import Input
+from capkv_local.documents.sources import Place
 from capkv_local.errors import DocumentError
-from capkv_local.sources import Place
 
 if TYPE_CHECKING:
     from pypdfium2 import PdfDocument, PdfPage

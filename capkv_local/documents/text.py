@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from capkv_local.documents.base import Part
 from capkv_local.documents.encoding import decoded
 from capkv_local.documents.files import Input
-from capkv_local.sources import Place
+from capkv_local.documents.sources import Place
 
 # A passage ends at a blank line, but not before it has so many characters ...
 _SHORTEST = 256

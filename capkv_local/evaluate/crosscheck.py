@@ -65,9 +65,9 @@ PAIRS = (
     Pair("knorm", "KnormPress", "same", "no settings"),
     Pair("snapkv", "SnapKVPress", "same", "average pool of 7"),
     Pair("tova", "TOVAPress", "same", "no settings"),
-    # Its formulas with our repetition: the tokens of capkv_local.probe, of which only those that
-    # are repeated ask, and a softmax over all cells and the piece.
-    Pair("kvzip", "KVzipPress", "same", "repeats the pieces of capkv_local.probe"),
+    # Its formulas with our repetition: the tokens of capkv_local.cache.probe, of which only those
+    # that are repeated ask, and a softmax over all cells and the piece.
+    Pair("kvzip", "KVzipPress", "same", "repeats the pieces of capkv_local.cache.probe"),
     # The term k' cov(q) k / 2d is all that differs. Its spread along the cells is about a third
     # of the mean term's in the median head of SmolLM2, twice it in the head that agrees least.
     Pair(

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capkv_local import native
-from capkv_local.cache import NativeStats
+from capkv_local.cache.compact import NativeStats
 from capkv_local.errors import EvaluationError
 from capkv_local.evaluate.session import Everything
 from capkv_local.llama import Llama
+from capkv_local.llama.template import ChatTemplate
 from capkv_local.policies import get_policy
 from capkv_local.policies.base import F32, Reduce
-from capkv_local.template import ChatTemplate
 
 __all__ = ["Reading", "read_texts", "write_float32"]
 

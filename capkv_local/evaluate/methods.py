@@ -7,7 +7,7 @@ from ast import literal_eval
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from capkv_local.allocate import get_allocator
+from capkv_local.budget.allocate import get_allocator
 from capkv_local.errors import EvaluationError
 from capkv_local.policies import Policy, get_policy
 

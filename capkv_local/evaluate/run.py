@@ -22,7 +22,7 @@ from capkv_local.evaluate.session import F64, EvalSession, Prepared, answer_metr
 from capkv_local.evaluate.tasks import build_cases
 from capkv_local.evaluate.tasks.base import Case, Split, Text
 from capkv_local.llama import Llama
-from capkv_local.streaming import Observe
+from capkv_local.llama.streaming import Observe
 
 F16 = "f16"
 # Tokens of a continuation that are predicted.

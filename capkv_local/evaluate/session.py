@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from capkv_local import native
 from capkv_local.evaluate.tasks.base import Case
 from capkv_local.llama import CompactedState, Llama
+from capkv_local.llama.streaming import Observe
+from capkv_local.llama.template import ChatTemplate
 from capkv_local.policies import KVStats, Policy
 from capkv_local.policies.base import F32, BasePolicy, Reduce
-from capkv_local.streaming import Observe
-from capkv_local.template import ChatTemplate
 
 F64 = NDArray[np.float64]
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from capkv_local import native
+from capkv_local.documents.sources import Source
 from capkv_local.errors import StateError
 from capkv_local.native import F32, I32, Mask
-from capkv_local.sources import Source
 
 if TYPE_CHECKING:
     from capkv_local.chat import DocumentChat

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capkv_local import native
-from capkv_local.cache import CompactCache
+from capkv_local.cache.compact import CompactCache
 from capkv_local.errors import BudgetError, ContextOverflow, StateError
 from capkv_local.inspect.collect import Passage, Survival, by_token, passages
-from capkv_local.interrupt import deferred_interrupt
 from capkv_local.llama import Llama
-from capkv_local.memory import SHARE, available_memory
+from capkv_local.llama.interrupt import deferred_interrupt
 from capkv_local.native import F32, Stat
+from capkv_local.plan.memory import SHARE, available_memory
 
 if TYPE_CHECKING:
     from capkv_local.chat import DocumentChat

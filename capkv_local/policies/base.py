@@ -168,7 +168,7 @@ class BasePolicy:
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     evicts: ClassVar[bool] = True
-    # Default way to share the budget among heads, a name of capkv_local.allocate.
+    # Default way to share the budget among heads, a name of capkv_local.budget.allocate.
     allocation: ClassVar[str] = "uniform"
 
     n_sinks: int = 4

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from capkv_local.budget.select import Mask, contested
 from capkv_local.policies.base import F32, BasePolicy, KVStats, above_all, pool_cells, register
 from capkv_local.policies.base import window_mask as in_window
-from capkv_local.select import Mask, contested
 
 
 @register

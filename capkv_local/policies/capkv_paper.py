@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from capkv_local.budget.select import contested
 from capkv_local.policies.base import (
     F32,
     BasePolicy,
@@ -16,7 +17,6 @@ from capkv_local.policies.base import (
     group_mean,
     register,
 )
-from capkv_local.select import contested
 
 
 @register
@@ -56,7 +56,7 @@ class CapKVPaper(BasePolicy):
     inside the sum but not in the factor before it, is taken out of that factor after the average
     over query heads instead of before. That is exact where a group's heads agree; on the default
     model it moves a score by 2e-5 of itself at most (median 6e-8), while the rest agrees to 1e-6.
-    ``capkv_local.reference.capkv_paper_score`` has no such step.
+    ``capkv_local.evaluate.reference.capkv_paper_score`` has no such step.
 
     In streaming, the mean query is of every token seen, evicted ones too.
     """

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from capkv_local.budget.select import contested
 from capkv_local.policies.base import (
     F32,
     BasePolicy,
@@ -16,7 +17,6 @@ from capkv_local.policies.base import (
     group_mean,
     register,
 )
-from capkv_local.select import contested
 
 
 @register

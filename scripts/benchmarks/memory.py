@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from matplotlib.figure import Figure
 
 from capkv_local.chat import DocumentChat
+from capkv_local.chat.reading import IngestProgress
 from capkv_local.documents import Document
-from capkv_local.reading import IngestProgress
 
 TEXT = Path(__file__).resolve().parents[2] / "tests" / "data" / "licence.txt"
 MIB = 1 << 20

@@ -26,8 +26,8 @@ from .setup import Environment, ensure
 
 _LIST_DEVICES = """
 import dataclasses, json, sys
-from capkv_local import devices, rpc
-found = devices.local_devices()
+from capkv_local.devices import ggml, rpc
+found = ggml.local_devices()
 if len(sys.argv) > 1:
     with rpc.connected(sys.argv[1]) as theirs:
         found += theirs

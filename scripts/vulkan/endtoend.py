@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capkv_local import Llama, native
+from capkv_local.llama.template import ChatTemplate
 from capkv_local.models import default_model
-from capkv_local.template import ChatTemplate
 from tests.model import near_ties
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from capkv_local.cli.display import size
-from capkv_local.header import ModelHeader
 from capkv_local.models import default_model
-from capkv_local.planner import Planner, Settings
+from capkv_local.models.header import ModelHeader
+from capkv_local.plan.planner import Planner, Settings
 from capkv_local.policies import get_policy
 from tests.e2e.test_ask import ROOT, capkv
 

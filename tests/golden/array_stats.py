@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from capkv_local import reference
+from capkv_local.evaluate import reference
 from capkv_local.policies.base import F32
 
 GOLDEN = Path(__file__).resolve().parent

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from capkv_local import rpc
-from capkv_local.devices import offload_devices
+from capkv_local.devices import rpc
+from capkv_local.devices.ggml import offload_devices
 from tests.model.server import server
 
 VARIABLE = "CAPKV_TEST_DEVICE"

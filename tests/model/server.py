@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from capkv_local import rpc
+from capkv_local.devices import rpc
 from capkv_local.errors import ServerError
 
 ROOT = Path(__file__).resolve().parents[2]

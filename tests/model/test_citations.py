@@ -10,8 +10,8 @@ import pytest
 
 from capkv_local.chat import DocumentChat
 from capkv_local.documents import read_document
+from capkv_local.documents.sources import Place
 from capkv_local.errors import PolicyError, StateError
-from capkv_local.sources import Place
 from tests.model.conftest import TEXT
 
 FACTS = (

@@ -24,7 +24,7 @@ from capkv_local import (
     StateError,
     native,
 )
-from capkv_local.allocate import ALLOCATORS
+from capkv_local.budget.allocate import ALLOCATORS
 from capkv_local.policies import get_policy, policy_names
 from tests.model.conftest import Models, observe_of
 

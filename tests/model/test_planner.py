@@ -11,10 +11,12 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from capkv_local import BudgetError, DocumentChat, Llama, auto, native, placed
-from capkv_local.header import ModelHeader
-from capkv_local.memory import SHARE
-from capkv_local.planner import STEP, Planner, Settings
+from capkv_local import BudgetError, DocumentChat, Llama, native
+from capkv_local.devices import placed
+from capkv_local.models.header import ModelHeader
+from capkv_local.plan import auto
+from capkv_local.plan.memory import SHARE
+from capkv_local.plan.planner import STEP, Planner, Settings
 from capkv_local.policies import get_policy
 from tests.model import tiny
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from capkv_local import Llama
+from capkv_local.cache.probe import Probe
 from capkv_local.errors import BudgetError, PolicyError
 from capkv_local.native import Stat
 from capkv_local.policies import KVStats, get_policy
 from capkv_local.policies.base import F32, BasePolicy
-from capkv_local.probe import Probe
 from model.conftest import Models, decode
 
 N_READ = 300

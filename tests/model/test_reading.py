@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import capkv_local.reading as reading
+import capkv_local.chat.reading as reading
 from capkv_local import Llama
 from capkv_local.chat import DocumentChat
+from capkv_local.chat.reading import IngestProgress
+from capkv_local.chat.tokenise import Tokeniser, Vocabulary
 from capkv_local.documents import Document, DocumentStream, open_document, read_documents
 from capkv_local.errors import ContextOverflow, DocumentError
-from capkv_local.reading import IngestProgress
-from capkv_local.tokenise import Tokeniser, Vocabulary
 from tests.model.conftest import TEXT, Models
 
 HARBOUR = TEXT.parent / "harbour.pdf"
@@ -32,7 +32,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a pipe, or text of millions of tokens: nothing is counted ahead."""
     monkeypatch.setattr(reading, "_MOST_AHEAD", 0)
     monkeypatch.setattr(reading, "_PIECE", 128)
-    monkeypatch.setattr("capkv_local.tokenise._BLOCK", 400)
+    monkeypatch.setattr("capkv_local.chat.tokenise._BLOCK", 400)
 
 
 def documents(tmp_path: Path) -> list[DocumentStream]:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capkv_local import CapKVError, Llama, UnsupportedModel, devices, rpc
+from capkv_local import CapKVError, Llama, UnsupportedModel
+from capkv_local.devices import ggml, rpc
 from capkv_local.errors import ContextWarning, OutOfMemory, ServerError
 from capkv_local.native import Stat
 from tests.model import tiny
@@ -164,7 +165,7 @@ def test_other_models_do_not_get_the_devices_of_servers(
     make: Make, load: Load, running: Server
 ) -> None:
     load(make(tiny.llama), rpc_servers=running.endpoint, **SMALL)
-    names = [device.name for device in devices.local_devices()]
+    names = [device.name for device in ggml.local_devices()]
     assert "CPU" in names and not any(name.startswith("RPC") for name in names)
 
 
@@ -246,7 +247,8 @@ def test_scores_cross_once_for_each_graph(
 
 _IN_THE_MIDDLE = """
 import sys
-from capkv_local import Llama, rpc
+from capkv_local import Llama
+from capkv_local.devices import rpc
 from tests.model.test_rpc import SMALL, TOKENS
 if sys.argv[3] == "exit":
     rpc.exit_on_loss()

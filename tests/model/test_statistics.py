@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from capkv_local import reference
+from capkv_local.evaluate import reference
 from capkv_local.native import Stat
 from tests.model import oracle
 from tests.model.capture import Session, hadamard

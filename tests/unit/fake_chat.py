@@ -10,8 +10,8 @@ from typing import Any
 from click.testing import Result
 
 from capkv_local.citations import Citation
+from capkv_local.documents.sources import Place
 from capkv_local.errors import BudgetError, ModelFileError, PolicyError
-from capkv_local.sources import Place
 
 Run = Callable[..., Result]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from capkv_local.allocate import (
+from capkv_local.budget.allocate import (
     ALLOCATORS,
     LONGEST,
     SHORT,
@@ -24,8 +24,8 @@ from capkv_local.allocate import (
     share_out,
     uniform,
 )
+from capkv_local.budget.select import contested, keep_mask
 from capkv_local.errors import BudgetError, PolicyError
-from capkv_local.select import contested, keep_mask
 
 LARGEST = float(np.finfo(np.float32).max)
 Head = tuple[int, int]  # layer, KV head

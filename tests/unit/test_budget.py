@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capkv_local.budget import parse_budget
+from capkv_local.budget.parse import parse_budget
 from capkv_local.errors import BudgetError
 
 N_CTX, BYTES, MINIMUM = 8192, 23040, 64

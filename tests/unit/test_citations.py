@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capkv_local.citations import (
+from capkv_local.citations.passages import (
     STANDS_ALONE,
     STANDS_OUT,
     WINDOW,
@@ -16,7 +16,7 @@ from capkv_local.citations import (
     cite_passages,
     rank,
 )
-from capkv_local.sources import Place, Source, SourceMap
+from capkv_local.documents.sources import Place, Source, SourceMap
 
 # Text as tokens of four characters.
 TEXT = (

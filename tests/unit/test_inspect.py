@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capkv_local.cli import main
+from capkv_local.documents.sources import Place, Source
 from capkv_local.inspect import (
     Attention,
     Survival,
@@ -26,7 +27,6 @@ from capkv_local.inspect import (
 )
 from capkv_local.inspect.collect import N_LEVELS, by_token
 from capkv_local.inspect.strip import legend
-from capkv_local.sources import Place, Source
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 

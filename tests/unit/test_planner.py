@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capkv_local.budget import parse_budget, parse_memory
+from capkv_local.budget.parse import parse_budget, parse_memory
 from capkv_local.cli import main
 from capkv_local.errors import BudgetError
-from capkv_local.header import ModelHeader
-from capkv_local.memory import available_memory
-from capkv_local.planner import STEP, Planner, Settings
+from capkv_local.models.header import ModelHeader
+from capkv_local.plan.memory import available_memory
+from capkv_local.plan.planner import STEP, Planner, Settings
 from capkv_local.policies import get_policy
 from tests.model import sparse, tiny
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capkv_local.budget.select import keep_mask
 from capkv_local.errors import PolicyError
 from capkv_local.policies import base, capkv, get_policy, policy_names
-from capkv_local.select import keep_mask
 from tests.golden.array_stats import (
     ArrayStats,
     golden_raw,

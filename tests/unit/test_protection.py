@@ -9,11 +9,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capkv_local.allocate import ALLOCATORS
-from capkv_local.cache import CompactCache
+from capkv_local.budget.allocate import ALLOCATORS
+from capkv_local.budget.select import contested
+from capkv_local.cache.compact import CompactCache
+from capkv_local.cache.protection import Protection
 from capkv_local.policies import BasePolicy
-from capkv_local.protection import Protection
-from capkv_local.select import contested
 
 N_LAYER, N_HEAD, N_ALLOCATED = 2, 2, 40
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from capkv_local import reference
+from capkv_local.evaluate import reference
 from tests.golden.array_stats import GOLDEN, golden_raw, golden_scores
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from capkv_local.budget.select import contested, keep_mask
 from capkv_local.errors import BudgetError, CapKVError, PolicyError
-from capkv_local.select import contested, keep_mask
 
 LARGEST = float(np.finfo(np.float32).max)
 

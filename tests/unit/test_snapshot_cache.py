@@ -13,7 +13,7 @@ import pytest
 from capkv_local.documents import Document
 from capkv_local.errors import CapKVError, StateError
 from capkv_local.snapshot import write_snapshot
-from capkv_local.snapshot_cache import SnapshotCache
+from capkv_local.snapshot.cache import SnapshotCache
 
 BOOK = Document("book.txt", "Once upon a time.", "text")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capkv_local.documents.sources import Place, Source, SourceMap
 from capkv_local.errors import StateError
-from capkv_local.sources import Place, Source, SourceMap
 
 PLACES = st.builds(
     lambda unit, first, more, title: Place(unit, first, first + more, title),

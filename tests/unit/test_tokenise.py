@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capkv_local.tokenise import Tokeniser
+from capkv_local.chat.tokenise import Tokeniser
 
 # As GPT-2 splits: a line break before a word is not what it is at the end of a text.
 PATTERN = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+|_+|\s+(?!\S)|\s+")

@@ -14,7 +14,10 @@ from typing import Any, Literal
 import llama_cpp
 import numpy as np
 
-from capkv_local.cache import ATTENTION, CompactCache
+from capkv_local.cache.compact import ATTENTION, CompactCache
+from capkv_local.cache.probe import Probe
+from capkv_local.cache.protection import Protection
+from capkv_local.devices.placed import PlacedLlama
 from capkv_local.errors import (
     BudgetError,
     ContextOverflow,
@@ -22,12 +25,9 @@ from capkv_local.errors import (
     StateError,
     UnsupportedModel,
 )
-from capkv_local.interrupt import deferred_interrupt
+from capkv_local.llama.interrupt import deferred_interrupt
 from capkv_local.native import F32
-from capkv_local.placed import PlacedLlama
 from capkv_local.policies.base import Reduce
-from capkv_local.probe import Probe
-from capkv_local.protection import Protection
 
 Observe = Literal["tail", "question", "probe"]
 Progress = Callable[[int, int], None]

@@ -17,7 +17,7 @@ import llama_cpp
 import llama_cpp._internals as internals
 
 from capkv_local import native
-from capkv_local.models import check_model_file, load_errors
+from capkv_local.models.file import check_model_file, load_errors
 
 # The one figure that llama.cpp only logs; "CUDA0", say, is no main memory.
 _COMPUTE = re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB")

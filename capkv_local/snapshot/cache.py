@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capkv_local import __version__
-from capkv_local.budget import parse_size
+from capkv_local.budget.parse import parse_size
 from capkv_local.errors import CapKVError, StateError, unknown_name
 from capkv_local.home import home
-from capkv_local.snapshot import VERSION, read_header
+from capkv_local.snapshot.file import VERSION, read_header
 
 if TYPE_CHECKING:
     from capkv_local.documents import Document, DocumentStream
-    from capkv_local.saved import SavedChat
+    from capkv_local.snapshot.saved_chat import SavedChat
 
 SIZE_VARIABLE = "CAPKV_CACHE_SIZE"
 _DEFAULT_SIZE = "5GiB"

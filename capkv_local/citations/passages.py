@@ -1,8 +1,8 @@
 """Citations: the passages of the documents that an answer looked at most.
 
 Evidence is one number per token of the documents: what the answer's queries gave to its cells (see
-:mod:`capkv_local.attended`). Here it becomes passages, and it is decided whether any stands out.
-Nothing here knows a model.
+:mod:`capkv_local.citations.evidence`). Here it becomes passages, and it is decided whether any
+stands out. Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from capkv_local.sources import Place, Source, SourceMap
+from capkv_local.documents.sources import Place, Source, SourceMap
 
 Evidence = npt.NDArray[np.float64]
 

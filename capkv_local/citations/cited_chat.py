@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from capkv_local.attended import check_observed
-from capkv_local.citations import Citation, Evidence, cite_passages
+from capkv_local.citations.evidence import check_observed
+from capkv_local.citations.passages import Citation, Evidence, cite_passages
+from capkv_local.documents.sources import SourceMap
 from capkv_local.errors import StateError
-from capkv_local.sources import SourceMap
 
 if TYPE_CHECKING:
     from capkv_local.llama import Llama

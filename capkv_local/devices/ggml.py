@@ -1,7 +1,7 @@
 """Devices beside the CPU: those of this machine, and those of RPC servers, by their ggml handles.
 
 Mirrors what of ``ggml-backend.h`` and ``ggml-rpc.h`` is needed. Whatever is wrong with a server has
-to be found before it gets here (:mod:`capkv_local.rpc`): ggml ends the program then.
+to be found before it gets here (:mod:`capkv_local.devices.rpc`): ggml ends the program then.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from capkv_local.cache import CompactCache
-from capkv_local.citations import Evidence
+from capkv_local.cache.compact import CompactCache
+from capkv_local.citations.passages import Evidence
 from capkv_local.errors import PolicyError
 from capkv_local.llama import Llama
 from capkv_local.native import Stat

@@ -9,15 +9,15 @@ import contextlib
 from collections.abc import Iterator
 
 from capkv_local import native
-from capkv_local.cache import CompactCache
+from capkv_local.cache.compact import CompactCache
+from capkv_local.cache.protection import Protection
 from capkv_local.errors import BudgetError, StateError
-from capkv_local.interrupt import deferred_interrupt
-from capkv_local.protection import Protection
-from capkv_local.streaming import StreamingLlama
+from capkv_local.llama.interrupt import deferred_interrupt
+from capkv_local.llama.streaming import StreamingLlama
 
 
 class ProtectedLlama(StreamingLlama):
-    """:class:`~capkv_local.streaming.StreamingLlama` that can go back to the end of a document."""
+    """:class:`StreamingLlama` that can go back to the end of a document."""
 
     @property
     def n_protected(self) -> int:

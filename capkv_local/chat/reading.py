@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import psutil
 
+from capkv_local.chat.tokenise import Tokeniser, Vocabulary
 from capkv_local.documents import Document, DocumentStream
+from capkv_local.documents.sources import Place, Source, SourceMap
 from capkv_local.llama import Llama
-from capkv_local.sources import Place, Source, SourceMap
-from capkv_local.tokenise import Tokeniser, Vocabulary
 
 # Tokens that are held at most; few models have been trained with longer contexts.
 _MOST_AHEAD = 1 << 20

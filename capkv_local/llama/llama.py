@@ -18,10 +18,11 @@ import llama_cpp._internals as internals
 import numpy as np
 
 from capkv_local import native
-from capkv_local.allocate import get_allocator
-from capkv_local.auto import auto_budget
-from capkv_local.budget import is_auto, parse_budget
-from capkv_local.cache import CompactCache, KVCacheStats, evicts
+from capkv_local.budget.allocate import get_allocator
+from capkv_local.budget.parse import is_auto, parse_budget
+from capkv_local.cache.compact import CompactCache, KVCacheStats, evicts
+from capkv_local.cache.probe import REQUEST, Probe
+from capkv_local.devices.placed import offloads
 from capkv_local.errors import (
     BudgetError,
     CapKVError,
@@ -31,14 +32,13 @@ from capkv_local.errors import (
     StateError,
     UnsupportedModel,
 )
-from capkv_local.interrupt import deferred_interrupt
+from capkv_local.llama.conversation import ProtectedLlama
+from capkv_local.llama.interrupt import deferred_interrupt
+from capkv_local.llama.template import ChatTemplate
 from capkv_local.models import check_model_file, load_errors
-from capkv_local.placed import offloads
-from capkv_local.planner import DEFAULT_ROOM, Settings
+from capkv_local.plan.auto import auto_budget
+from capkv_local.plan.planner import DEFAULT_ROOM, Settings
 from capkv_local.policies import Policy, get_policy
-from capkv_local.probe import REQUEST, Probe
-from capkv_local.protected import ProtectedLlama
-from capkv_local.template import ChatTemplate
 
 Budget = int | float | str
 Observe = Literal["tail", "probe"]
@@ -73,15 +73,15 @@ class Llama(ProtectedLlama):
         What is left after an eviction: cells per head, on average (int), a fraction of ``n_ctx``
         (float in (0, 1]) or memory (``"512MiB"``). Default: 2048 cells, or ``n_ctx`` if smaller.
         ``"auto"``: as many cells as four fifths of the available memory hold beside the weights,
-        at most ``n_ctx`` (see :func:`capkv_local.auto.auto_budget`).
+        at most ``n_ctx`` (see :func:`capkv_local.plan.auto.auto_budget`).
     kv_allocation
         How heads share the budget: ``"uniform"``, ``"pyramid"``, ``"adaptive-layer"`` or
-        ``"global"`` (see :mod:`capkv_local.allocate`); by default what suits the policy. The
+        ``"global"`` (see :mod:`capkv_local.budget.allocate`); by default what suits the policy. The
         memory is the same for all.
     kv_observe
         What tells a policy which cells matter: ``"tail"``, the last tokens of what is read;
         ``"probe"``, a repetition of all of it, for documents that are read before the question
-        is known (two to three times the work; see :mod:`capkv_local.probe`).
+        is known (two to three times the work; see :mod:`capkv_local.cache.probe`).
     probe_stride
         Observe with every n-th token of the repetition only: cheaper, at a loss
         (docs/evaluation.md).
@@ -89,8 +89,8 @@ class Llama(ProtectedLlama):
         Cells beyond ``kv_budget + n_batch``: how many tokens are generated between evictions.
     **kwargs
         As :class:`llama_cpp.Llama`, and ``rpc_servers`` of
-        :class:`~capkv_local.placed.PlacedLlama`. Flash attention is on unless the cache is the
-        stock one.
+        :class:`~capkv_local.devices.placed.PlacedLlama`. Flash attention is on unless the cache is
+        the stock one.
 
     Raises
     ------

@@ -532,7 +532,7 @@ def doctor() -> dict[str, Any]:
     Keys: ``library``, ``patched``, ``abi``, ``features``, ``devices``, ``system_info``,
     ``problems`` (one sentence each).
     """
-    from capkv_local.devices import local_devices  # built on this module
+    from capkv_local.devices.ggml import local_devices  # built on this module
 
     problems: list[str] = []
     abi: int | None = None

@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from capkv_local.errors import BudgetError
-from capkv_local.header import ModelHeader
-from capkv_local.memory import SHARE, available_memory
-from capkv_local.planner import Planner, Settings
+from capkv_local.models.header import ModelHeader
+from capkv_local.plan.memory import SHARE, available_memory
+from capkv_local.plan.planner import Planner, Settings
 
 
 def auto_budget(model: str | Path, settings: Settings, *, offloads: bool) -> int:
     """The budget that ``kv_budget="auto"`` stands for.
 
-    The largest multiple of :data:`~capkv_local.planner.STEP` cells with which the session takes no
-    more than :data:`~capkv_local.memory.SHARE` of the memory that is available before the model is
-    loaded; the context itself if all of it fits.
+    The largest multiple of :data:`~capkv_local.plan.planner.STEP` cells with which the session
+    takes no more than :data:`~capkv_local.plan.memory.SHARE` of the memory that is available before
+    the model is loaded; the context itself if all of it fits.
 
     Parameters
     ----------
@@ -30,7 +30,8 @@ def auto_budget(model: str | Path, settings: Settings, *, offloads: bool) -> int
     BudgetError
         Not even the smallest budget fits, or layers go to a device.
     ModelFileError, UnsupportedModel
-        As :class:`~capkv_local.header.ModelHeader` and :class:`~capkv_local.planner.Planner`.
+        As :class:`~capkv_local.models.header.ModelHeader` and
+        :class:`~capkv_local.plan.planner.Planner`.
     """
     if offloads:
         raise BudgetError(

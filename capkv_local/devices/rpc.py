@@ -20,8 +20,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from capkv_local import devices, native
-from capkv_local.devices import Device
+from capkv_local import native
+from capkv_local.devices import ggml
+from capkv_local.devices.ggml import Device
 from capkv_local.errors import NativeBuildMissing, ServerError
 
 DEFAULT_PORT = 50052  # as in llama.cpp
@@ -164,8 +165,8 @@ def connected(servers: Servers) -> Iterator[list[Device]]:
         for name in names:
             if not _open[name]:
                 check(name)
-        devices.on_abort(_tell_loss)
-        found = [device for name in names for device in devices.server_devices(name)]
+        ggml.on_abort(_tell_loss)
+        found = [device for name in names for device in ggml.server_devices(name)]
         _open.update(names)
     try:
         yield found
@@ -256,16 +257,16 @@ def serve(
     endpoint = f"{address}:{port}"
     ready(endpoint, chosen)
     native.show_problems()
-    devices.serve(endpoint, chosen, n_threads or os.cpu_count() or 1, folder)
+    ggml.serve(endpoint, chosen, n_threads or os.cpu_count() or 1, folder)
     raise ServerError(f"llama.cpp could not serve at {endpoint}; what it said stands above")
 
 
 def _chosen(names: Sequence[str]) -> list[Device]:
-    known = devices.local_devices()
+    known = ggml.local_devices()
     if not known:
         raise NativeBuildMissing("llama.cpp knows no device at all: build with scripts/build")
     if not names:
-        return devices.offload_devices() or [d for d in known if d.kind == "cpu"]
+        return ggml.offload_devices() or [d for d in known if d.kind == "cpu"]
     by_name = {device.name: device for device in known}
     for name in names:
         if name not in by_name:

@@ -9,8 +9,8 @@ from typing import Any
 
 import llama_cpp
 
-from capkv_local import rpc
-from capkv_local.devices import handles, offload_devices
+from capkv_local.devices import rpc
+from capkv_local.devices.ggml import handles, offload_devices
 from capkv_local.errors import UnsupportedModel
 
 

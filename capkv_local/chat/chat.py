@@ -12,24 +12,22 @@ from typing import Any
 import llama_cpp
 
 from capkv_local import native
-from capkv_local.attended import Attended, check_observed
-from capkv_local.cache import KVCacheStats
-from capkv_local.cited import CitedChat
+from capkv_local.cache.compact import KVCacheStats
+from capkv_local.chat.reading import IngestProgress, IngestReport, Meter, Reading
+from capkv_local.chat.tokenise import Vocabulary
+from capkv_local.chat.turns import newest, split_turns
+from capkv_local.citations.cited_chat import CitedChat
+from capkv_local.citations.evidence import Attended, check_observed
+from capkv_local.devices.rpc import Servers
 from capkv_local.documents import Document, DocumentStream
+from capkv_local.documents.sources import SourceMap
 from capkv_local.errors import ContextOverflow
 from capkv_local.llama import Budget, Llama, Observe
+from capkv_local.llama.template import ChatTemplate
 from capkv_local.models import default_model, fingerprint
-from capkv_local.planner import DEFAULT_ROOM
+from capkv_local.plan.planner import DEFAULT_ROOM
 from capkv_local.policies import get_policy
-from capkv_local.reading import IngestProgress, IngestReport, Meter, Reading
-from capkv_local.rpc import Servers
-from capkv_local.saved import SavedChat
-from capkv_local.sources import SourceMap
-from capkv_local.template import ChatTemplate
-from capkv_local.tokenise import Vocabulary
-from capkv_local.turns import newest, split_turns
-
-__all__ = ["DocumentChat", "IngestProgress", "IngestReport"]
+from capkv_local.snapshot.saved_chat import SavedChat
 
 # Tokens of the context that a document must leave for the question and its answer.
 _REPLY_TOKENS = 256
@@ -53,7 +51,7 @@ class DocumentChat(SavedChat, CitedChat):
     n_threads
         CPU threads; None for all.
     n_gpu_layers, rpc_servers
-        Layers on other devices than the CPU, as :class:`~capkv_local.placed.PlacedLlama`.
+        Layers on other devices than the CPU, as :class:`~capkv_local.devices.placed.PlacedLlama`.
     type_k, type_v
         Cache types by ggml name (``"q8_0"``); None is f16.
     seed

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from capkv_local.errors import UnsupportedModel
-from capkv_local.header import ModelHeader
-from capkv_local.measured import MEASURED, Measured
-from capkv_local.planner import STEP, Need, Planner, Settings
+from capkv_local.models.header import ModelHeader
+from capkv_local.plan.measured import MEASURED, Measured
+from capkv_local.plan.planner import STEP, Need, Planner, Settings
 from capkv_local.policies import get_policy
 
 TYPES = ("f16", "q8_0", "q4_0")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from capkv_local import __version__, native
+from capkv_local.documents.sources import SourceMap
 from capkv_local.errors import CapKVError, StateError
 from capkv_local.models import fingerprint
-from capkv_local.snapshot import Array, read_snapshot, write_snapshot
-from capkv_local.sources import SourceMap
+from capkv_local.snapshot.file import Array, read_snapshot, write_snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,7 +1,8 @@
 """How many cells each head keeps when all heads together may keep so many.
 
 An allocator shares out contested cells, those that are neither sinks nor recent window
-(:func:`capkv_local.select.contested`). It is a function ``(scores, contested, total, floor)``:
+(:func:`capkv_local.budget.select.contested`). It is a function
+``(scores, contested, total, floor)``:
 
 scores
     float [n_layer, n_head_kv, n_cells], higher means keep, finite in every contested cell.
@@ -28,8 +29,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from capkv_local.budget.select import Counts, Mask, Scores, check_scores, top_cells
 from capkv_local.errors import BudgetError, unknown_name
-from capkv_local.select import Counts, Mask, Scores, check_scores, top_cells
 
 I64 = NDArray[np.int64]
 Allocator: TypeAlias = Callable[[Scores, Mask, int, int], I64]

@@ -12,13 +12,13 @@ from typing import Literal
 
 import numpy as np
 
-from capkv_local.allocate import share_out
+from capkv_local.budget.allocate import share_out
+from capkv_local.budget.select import contested, keep_mask
+from capkv_local.cache.protection import FREED, Protection
 from capkv_local.errors import BudgetError, PolicyError
 from capkv_local.native import F32, I32, KVCache, Mask, Stat
 from capkv_local.policies import Policy
 from capkv_local.policies.base import Reduce
-from capkv_local.protection import FREED, Protection
-from capkv_local.select import contested, keep_mask
 
 # Share of a uniform budget that every head keeps whatever its scores say: heads that look idle
 # while a document is read may be the ones that a later question needs.
@@ -173,7 +173,7 @@ class CompactCache:
     budget
         Cells per head that are left after an eviction, on average over the heads of all layers.
     allocation
-        How the heads share them, a name of :data:`capkv_local.allocate.ALLOCATORS`.
+        How the heads share them, a name of :data:`capkv_local.budget.allocate.ALLOCATORS`.
     n_probe
         Queries beside the policy's window that a repetition is observed with; 0: none.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 if TYPE_CHECKING:
-    from capkv_local.llama import Llama
+    from capkv_local.llama.llama import Llama
 
 # Stand-ins for messages: nothing that a template would change or a tokenizer cares for.
 _USER, _ANSWER, _NEXT = "§§user§§", "§§answer§§", "§§next§§"

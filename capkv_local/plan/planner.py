@@ -3,8 +3,8 @@
     memory = weights + program + KV cells + sliding windows + observed queries + graphs + deciding
 
 All but the last two are exact: llama.cpp says them for a model whose weights it does not read (see
-:mod:`capkv_local.header`), and the cells are those that :class:`~capkv_local.Llama` allocates. The
-last two are upper bounds, see :meth:`Planner._compute`.
+:mod:`capkv_local.models.header`), and the cells are those that :class:`~capkv_local.Llama`
+allocates. The last two are upper bounds, see :meth:`Planner._compute`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 
-from capkv_local.allocate import most_cells
-from capkv_local.cache import evicts
-from capkv_local.header import ContextSizes, ModelHeader
+from capkv_local.budget.allocate import most_cells
+from capkv_local.cache.compact import evicts
+from capkv_local.cache.probe import Probe
+from capkv_local.models.header import ContextSizes, ModelHeader
 from capkv_local.native import Info
 from capkv_local.policies import Policy
-from capkv_local.probe import Probe
 
 # Planned budgets and contexts are multiples of this.
 STEP = 256

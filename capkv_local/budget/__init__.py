@@ -1,0 +1,1 @@
+"""How many cells there are, how heads share them, and which ones stay: arithmetic on arrays."""
