@@ -53,15 +53,15 @@ def examine() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``versions`` (dict), the fields of :func:`capkv_local.native.doctor`, ``policies`` (list of
-        str) and ``problems`` (list of str, empty when all is well).
+        ``versions`` (dict), the fields of :func:`capkv_local.devices.doctor.doctor`, ``policies``
+        (list of str) and ``problems`` (list of str, empty when all is well).
     """
     problems: list[str] = []
     report: dict[str, Any] = {"versions": {}}
     try:
-        from capkv_local import native
+        from capkv_local.devices.doctor import doctor
 
-        report |= native.doctor()
+        report |= doctor()
     except (CapKVError, ImportError, OSError, RuntimeError) as error:
         problems.append(f"llama.cpp cannot be loaded: {one_line(error)}")
     else:

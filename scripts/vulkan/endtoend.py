@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capkv_local import Llama, native
+from capkv_local.devices.doctor import doctor
 from capkv_local.llama.template import ChatTemplate
 from capkv_local.models import default_model
 from tests.model import near_ties
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=300, help="of the text, about [300]")
     parser.add_argument("--budget", type=int, default=96, help="cells per head [96]")
     args = parser.parse_args(argv)
-    devices = [d for d in native.doctor()["devices"] if d["name"] != "CPU"]
+    devices = [d for d in doctor()["devices"] if d["name"] != "CPU"]
     if not devices:
         print("llama.cpp sees no device beside the CPU", file=sys.stderr)
         return 1

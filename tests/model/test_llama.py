@@ -25,6 +25,7 @@ from capkv_local import (
     native,
 )
 from capkv_local.budget.allocate import ALLOCATORS
+from capkv_local.native import loading
 from capkv_local.policies import get_policy, policy_names
 from tests.model.conftest import Models, observe_of
 
@@ -436,13 +437,13 @@ def test_a_stock_library_is_named_and_the_way_out(
 ) -> None:
     """A library without the added functions: here, that of the Python interpreter itself."""
     monkeypatch.setattr(llama_cpp.llama_cpp, "_lib", ctypes.CDLL(None))
-    native._functions.cache_clear()
+    loading.functions.cache_clear()
     try:
         with pytest.raises(capkv_local.NativeBuildMissing, match=r"kv_policy=None"):
             Llama(model_path, verbose=False)
     finally:
         monkeypatch.undo()
-        native._functions.cache_clear()
+        loading.functions.cache_clear()
     native.require()
 
 

@@ -358,16 +358,16 @@ def test_ctrl_c_twice_at_the_prompt_quits(
 # ---- doctor ------------------------------------------------------------------------------------
 
 
-def fake_native(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any] | Exception) -> None:
+def fake_doctor(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any] | Exception) -> None:
     def doctor() -> dict[str, Any]:
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    module = types.ModuleType("capkv_local.native")
+    module = types.ModuleType("capkv_local.devices.doctor")
     module.doctor = doctor  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "capkv_local.native", module)
-    monkeypatch.setattr("capkv_local.native", module, raising=False)
+    monkeypatch.setitem(sys.modules, "capkv_local.devices.doctor", module)
+    monkeypatch.setattr("capkv_local.devices.doctor", module, raising=False)
 
 
 NATIVE = {
@@ -382,7 +382,7 @@ NATIVE = {
 
 
 def test_doctor_all_well(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    fake_native(monkeypatch, NATIVE)
+    fake_doctor(monkeypatch, NATIVE)
     result = run("doctor")
     assert result.exit_code == 0
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if "  " in line)
@@ -414,7 +414,7 @@ def test_doctor_all_well(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
 def test_doctor_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, run: Run, answer: Any, words: str
 ) -> None:
-    fake_native(monkeypatch, answer)
+    fake_doctor(monkeypatch, answer)
     result = run("doctor")
     assert result.exit_code == 1
     (problem,) = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
