@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from capkv_local.cache.compact import KVCacheStats
+    from capkv_local.cache.stats import KVCacheStats
     from capkv_local.chat import DocumentChat
     from capkv_local.errors import (
         BudgetError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use: `capkv --help` and error classes need no model library.
 _HOMES = {
-    "KVCacheStats": "cache.compact",
+    "KVCacheStats": "cache.stats",
     "DocumentChat": "chat",
     "Llama": "llama",
     **dict.fromkeys(("BasePolicy", "KVStats", "Policy", "register"), "policies"),

@@ -6,158 +6,27 @@ Knows budgets, policies and the native cache; knows nothing about tokens, prompt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
 from capkv_local.budget.allocate import share_out
 from capkv_local.budget.select import contested, keep_mask
+from capkv_local.cache.native_stats import Look, NativeStats, Repeat
 from capkv_local.cache.protection import FREED, Protection
+from capkv_local.cache.stats import Counters, KVCacheStats
 from capkv_local.errors import BudgetError, PolicyError
-from capkv_local.native import F32, I32, KVCache, Mask, Stat
+from capkv_local.native import F32, KVCache, Mask
 from capkv_local.policies import Policy
-from capkv_local.policies.base import Reduce
 
 # Share of a uniform budget that every head keeps whatever its scores say: heads that look idle
 # while a document is read may be the ones that a later question needs.
 FLOOR = 0.2
 
-# Computes the attention of a repetition on the first cells, see KVStats.probe_attention().
-Repeat = Callable[[Reduce], F32]
-# Computes the attention of the last tokens anew, see KVStats.window_attention().
-Look = Callable[[Reduce, bool], F32]
-
-ATTENTION = {"mean": Stat.ATTN_MEAN, "max": Stat.ATTN_MAX, "second_moment": Stat.ATTN_SQR}
-
 
 def evicts(policy: Policy) -> bool:
     """Whether a policy ever gives cells up; a policy that does not say so does."""
     return bool(getattr(policy, "evicts", True))
-
-
-@dataclass(frozen=True)
-class KVCacheStats:
-    """What the KV cache of a :class:`~capkv_local.Llama` holds and what it cost.
-
-    ``budget``, ``n_cells`` and ``n_cells_max`` are cells per head, on average over all heads of
-    all layers: kept after an eviction, held now, allocated. ``n_cells_range`` are the fewest and
-    the most that a head holds now. ``kv_bytes`` is the memory that is allocated for K and V (all
-    layers), ``kv_bytes_full`` what the same context would take without eviction, and
-    ``observe_bytes`` what the observed queries take. Times are wall seconds since the model was
-    loaded. ``n_protected`` tokens (a document) are protected, ``n_cells_protected`` cells hold
-    them, and ``n_cells_conversation`` are there for all that follows; ``copy_bytes`` is the host
-    memory of a copy to go back to them, see :meth:`~capkv_local.Llama.forget`.
-    """
-
-    policy: str | None
-    allocation: str | None
-    budget: int
-    n_tokens: int
-    n_cells: int
-    n_cells_max: int
-    n_cells_range: tuple[int, int]
-    kv_bytes: int
-    kv_bytes_full: int
-    observe_bytes: int = 0
-    evictions: int = 0
-    cells_evicted: int = 0
-    t_score_s: float = 0.0
-    t_select_s: float = 0.0
-    t_evict_s: float = 0.0
-    t_decode_s: float = 0.0
-    n_protected: int = 0
-    n_cells_protected: int = 0
-    n_cells_conversation: int = 0
-    copy_bytes: int = 0
-
-
-@dataclass
-class _Counters:
-    evictions: int = 0
-    cells_evicted: int = 0
-    t_score_s: float = 0.0
-    t_select_s: float = 0.0
-    t_evict_s: float = 0.0
-
-
-class NativeStats:
-    """:class:`~capkv_local.policies.KVStats` of the first ``n_cells`` cells, fetched lazily."""
-
-    def __init__(
-        self,
-        kv: KVCache,
-        *,
-        n_cells: int,
-        n_tokens: int,
-        n_queries: int,
-        carried: F32 | None,
-        repeat: Repeat | None = None,
-        look: Look | None = None,
-    ) -> None:
-        info = kv.info()
-        self._kv = kv
-        self.n_layer = info.n_layer
-        self.n_head_kv = info.n_head_kv
-        self.n_head = info.n_head
-        self.n_cells = n_cells
-        self.n_tokens = n_tokens
-        self.n_queries = n_queries
-        self.carried = carried
-        self.carry_next: F32 | None = None
-        self._repeat = repeat
-        self._look = look
-        self._positions: I32 | None = None
-
-    @property
-    def positions(self) -> I32:
-        if self._positions is None:
-            self._positions = self._kv.positions()[..., : self.n_cells]
-        return self._positions
-
-    def window_attention(
-        self,
-        *,
-        reduce: Reduce = "mean",
-        per_query_head: bool = False,
-    ) -> F32:
-        if self.n_queries == 0 and self._look is not None:
-            return self._look(reduce, per_query_head)
-        return self._kv.score(
-            ATTENTION[reduce],
-            n_cells=self.n_cells,
-            n_queries=self.n_queries,
-            per_head=per_query_head,
-        )
-
-    def probe_attention(self, *, reduce: Reduce = "mean") -> F32 | None:
-        return None if self._repeat is None else self._repeat(reduce)
-
-    def anchor(self, *, kind: Literal["cosine", "dot"] = "cosine", n_future: int = 512) -> F32:
-        stat = Stat.ANCHOR_COS if kind == "cosine" else Stat.ANCHOR_DOT
-        return self._kv.score(stat, n_cells=self.n_cells, n_future=n_future)
-
-    def key_norm(self) -> F32:
-        return self._kv.score(Stat.KEY_NORM, n_cells=self.n_cells)
-
-    def value_norm(self) -> F32:
-        return self._kv.score(Stat.VALUE_NORM, n_cells=self.n_cells)
-
-    def key_cosine(self) -> F32:
-        return self._kv.score(Stat.KEY_COS, n_cells=self.n_cells)
-
-    def leverage(
-        self, of: Literal["key", "value"], weights: F32 | None = None, noise: float = 1.0
-    ) -> F32:
-        stat = Stat.LEVERAGE_K if of == "key" else Stat.LEVERAGE_V
-        return self._kv.score(stat, n_cells=self.n_cells, noise=noise, weights=weights)
-
-    def carry(self, relevance: F32) -> None:
-        shape = (self.n_layer, self.n_head_kv, self.n_cells)
-        if relevance.shape != shape:
-            raise PolicyError(f"carry() got shape {relevance.shape} instead of {shape}")
-        self.carry_next = np.asarray(relevance, dtype=np.float32)
 
 
 @dataclass
@@ -183,7 +52,7 @@ class CompactCache:
     budget: int
     allocation: str
     n_probe: int = 0
-    counters: _Counters = field(default_factory=_Counters)
+    counters: Counters = field(default_factory=Counters)
     # [n_layer, n_head_kv, most cells kept by the last eviction], from the first cell that a head
     # holds on: heads that go back keep their first cells, whatever number these then have.
     carried: F32 | None = None

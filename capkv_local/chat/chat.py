@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import llama_cpp
 
 from capkv_local import native
-from capkv_local.cache.compact import KVCacheStats
+from capkv_local.cache.stats import KVCacheStats
 from capkv_local.chat.reading import IngestProgress, IngestReport, Meter, Reading
 from capkv_local.chat.tokenise import Vocabulary
-from capkv_local.chat.turns import newest, split_turns
+from capkv_local.chat.turns import TurnsChat
 from capkv_local.citations.cited_chat import CitedChat
 from capkv_local.citations.evidence import Attended, check_observed
 from capkv_local.devices.rpc import Servers
@@ -33,7 +32,7 @@ from capkv_local.snapshot.saved_chat import SavedChat
 _REPLY_TOKENS = 256
 
 
-class DocumentChat(SavedChat, CitedChat):
+class DocumentChat(TurnsChat, SavedChat, CitedChat):
     """A conversation about documents.
 
     Parameters
@@ -285,63 +284,6 @@ class DocumentChat(SavedChat, CitedChat):
             )
         llama.begin_turn(len(turn))
         return turn
-
-    # -- turns ---------------------------------------------------------------------------------
-
-    @property
-    def keep_turns(self) -> bool:
-        """Whether questions and answers stay in the conversation."""
-        return self._keep_turns
-
-    def set_keep_turns(self, keep: bool) -> None:
-        """Keep questions and answers from now on, or drop them, those so far included.
-
-        Raises
-        ------
-        StateError
-            As :meth:`forget`; nothing changes.
-        """
-        if not keep:
-            self.forget()
-        self._keep_turns = keep
-
-    def forget(self) -> None:
-        """Drop all turns: the next question meets the cells that reading has left.
-
-        Raises
-        ------
-        StateError
-            See :meth:`capkv_local.Llama.forget`.
-        """
-        self.llama.forget()
-        self._place, self._pending = ("user" if self.llama.n_protected else "start"), []
-
-    @contextlib.contextmanager
-    def _turns_aside(self, n_next: int = 0) -> Iterator[None]:
-        """Inside, there is the document alone; then the newest turns are read again.
-
-        As many as leave ``n_next`` of their cells, and half of the context behind the document.
-        """
-        llama = self.llama
-        place, pending = self._place, self._pending
-        said = llama.input_ids[llama.n_protected : llama.n_tokens].tolist()
-        if not said or not llama.n_protected:
-            yield
-            return
-        turns = split_turns(said, self._template.between)
-        self.forget()
-        try:
-            yield
-        finally:
-            half = (llama.n_ctx() - llama.n_protected) // 2
-            kept = newest(turns, min(llama.n_turn_max, half) - n_next)
-            if kept:
-                try:
-                    llama.prefill(kept)
-                except BaseException:
-                    self.forget()  # half a turn is none
-                    raise
-                self._place, self._pending = place, pending
 
     # -- settings and state --------------------------------------------------------------------
 

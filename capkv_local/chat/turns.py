@@ -1,8 +1,78 @@
-"""The turns of a conversation, as tokens."""
+"""The turns of a conversation: kept, dropped, or read again as far as there is room."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from capkv_local.llama import Llama
+from capkv_local.llama.template import ChatTemplate
+from capkv_local.snapshot.saved_chat import Place
+
+
+class TurnsChat:
+    """A chat whose turns can be dropped, all of them or the oldest."""
+
+    llama: Llama
+    _template: ChatTemplate
+    _place: Place
+    _pending: list[int]
+    _keep_turns: bool
+
+    @property
+    def keep_turns(self) -> bool:
+        """Whether questions and answers stay in the conversation."""
+        return self._keep_turns
+
+    def set_keep_turns(self, keep: bool) -> None:
+        """Keep questions and answers from now on, or drop them, those so far included.
+
+        Raises
+        ------
+        StateError
+            As :meth:`forget`; nothing changes.
+        """
+        if not keep:
+            self.forget()
+        self._keep_turns = keep
+
+    def forget(self) -> None:
+        """Drop all turns: the next question meets the cells that reading has left.
+
+        Raises
+        ------
+        StateError
+            See :meth:`capkv_local.Llama.forget`.
+        """
+        self.llama.forget()
+        self._place, self._pending = ("user" if self.llama.n_protected else "start"), []
+
+    @contextlib.contextmanager
+    def _turns_aside(self, n_next: int = 0) -> Iterator[None]:
+        """Inside, there is the document alone; then the newest turns are read again.
+
+        As many as leave ``n_next`` of their cells, and half of the context behind the document.
+        """
+        llama = self.llama
+        place, pending = self._place, self._pending
+        said = llama.input_ids[llama.n_protected : llama.n_tokens].tolist()
+        if not said or not llama.n_protected:
+            yield
+            return
+        turns = split_turns(said, self._template.between)
+        self.forget()
+        try:
+            yield
+        finally:
+            half = (llama.n_ctx() - llama.n_protected) // 2
+            kept = newest(turns, min(llama.n_turn_max, half) - n_next)
+            if kept:
+                try:
+                    llama.prefill(kept)
+                except BaseException:
+                    self.forget()  # half a turn is none
+                    raise
+                self._place, self._pending = place, pending
 
 
 def split_turns(tokens: Sequence[int], between: Sequence[int]) -> list[list[int]]:

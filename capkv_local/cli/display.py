@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 if TYPE_CHECKING:
-    from capkv_local.cache.compact import KVCacheStats
+    from capkv_local.cache.stats import KVCacheStats
     from capkv_local.chat import IngestProgress, IngestReport
 
 ProgressCallback = Callable[["IngestProgress"], None]

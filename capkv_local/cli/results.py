@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capkv_local.cache.compact import KVCacheStats
+    from capkv_local.cache.stats import KVCacheStats
 
 
 def numbers(stats: KVCacheStats, tokens: int, seconds: Mapping[str, float]) -> dict[str, Any]:

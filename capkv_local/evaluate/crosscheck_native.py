@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capkv_local import native
-from capkv_local.cache.compact import NativeStats
+from capkv_local.cache.native_stats import NativeStats
 from capkv_local.errors import EvaluationError
 from capkv_local.evaluate.session import Everything
 from capkv_local.llama import Llama

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from capkv_local.llama.llama import Budget, CompactedState, Llama, Observe
+from capkv_local.llama.arguments import Budget, Observe
+from capkv_local.llama.llama import Llama
+from capkv_local.llama.state import CompactedState
 
 __all__ = ["Budget", "CompactedState", "Llama", "Observe"]

@@ -16,7 +16,7 @@ from capkv_local.llama.interrupt import deferred_interrupt
 from capkv_local.llama.streaming import StreamingLlama
 
 
-class ProtectedLlama(StreamingLlama):
+class ConversationLlama(StreamingLlama):
     """:class:`StreamingLlama` that can go back to the end of a document."""
 
     @property

@@ -11,54 +11,44 @@ import contextlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import llama_cpp
 import llama_cpp._internals as internals
 import numpy as np
 
 from capkv_local import native
-from capkv_local.budget.allocate import get_allocator
-from capkv_local.budget.parse import is_auto, parse_budget
-from capkv_local.cache.compact import CompactCache, KVCacheStats, evicts
+from capkv_local.budget.parse import is_auto
+from capkv_local.cache.compact import CompactCache, evicts
 from capkv_local.cache.probe import REQUEST, Probe
+from capkv_local.cache.stats import KVCacheStats
 from capkv_local.devices.placed import offloads
 from capkv_local.errors import (
-    BudgetError,
     CapKVError,
     ContextWarning,
-    NativeError,
-    PolicyError,
-    StateError,
-    UnsupportedModel,
 )
-from capkv_local.llama.conversation import ProtectedLlama
+from capkv_local.llama.arguments import (
+    Budget,
+    Observe,
+    allocation_name,
+    budget_cells,
+    check_observe,
+    check_settings,
+    session_settings,
+)
 from capkv_local.llama.interrupt import deferred_interrupt
+from capkv_local.llama.state import StatefulLlama
 from capkv_local.llama.template import ChatTemplate
 from capkv_local.models import check_model_file, load_errors
 from capkv_local.plan.auto import auto_budget
-from capkv_local.plan.planner import DEFAULT_ROOM, Settings
+from capkv_local.plan.planner import DEFAULT_ROOM
 from capkv_local.policies import Policy, get_policy
 
-Budget = int | float | str
-Observe = Literal["tail", "probe"]
-
-DEFAULT_BUDGET = 2048
 # Arguments by which a user says that a model reaches further than its file says.
 _STRETCHED = frozenset({"rope_freq_base", "rope_freq_scale", "rope_scaling_type", "yarn_orig_ctx"})
 
 
-class CompactedState(llama_cpp.LlamaState):
-    """A saved state together with what the policy carried for its cells."""
-
-    carried: Any = None
-    n_repeated: int = 0
-    n_protected: int = 0
-    copy: bytes | None = None  # see Protection
-    policy: str | None = None
-
-
-class Llama(ProtectedLlama):
+class Llama(StatefulLlama):
     """A drop-in for :class:`llama_cpp.Llama` with per-head eviction of KV cells.
 
     Parameters
@@ -142,15 +132,16 @@ class Llama(ProtectedLlama):
 
         native.require()
         policy = get_policy(kv_policy)
-        allocation = _allocation(kv_allocation, policy)
-        _check_settings(flash_attn, kwargs, kv_room)
-        _check_observe(kv_observe, policy)
-        settings = _settings(n_ctx, n_batch, kv_room, kwargs)
+        allocation = allocation_name(kv_allocation, policy)
+        check_settings(flash_attn, kwargs, kv_room)
+        check_observe(kv_observe, policy)
+        settings = session_settings(n_ctx, n_batch, kv_room, kwargs)
         settings = settings.with_policy(policy, probe=kv_observe == "probe", allocation=allocation)
         if is_auto(kv_budget) and settings.evicts:
             kv_budget = auto_budget(model_path, settings, offloads=offloads(kwargs))
         if n_ctx > 0 and not isinstance(kv_budget, str):
-            _parse(kv_budget, n_ctx, 0, policy)  # wrong settings are told before a model is loaded
+            # Wrong settings are told before a model is loaded.
+            budget_cells(kv_budget, n_ctx, 0, policy)
         # The cells come later, when the context and the bytes per cell are known.
         n_first = min(n_batch, n_ctx or n_batch)
         with load_errors(model_path):
@@ -168,7 +159,7 @@ class Llama(ProtectedLlama):
                 ContextWarning,
                 stacklevel=2,
             )
-        budget = _parse(kv_budget, self._n_ctx, kv.info().n_bytes_cell, policy)
+        budget = budget_cells(kv_budget, self._n_ctx, kv.info().n_bytes_cell, policy)
         if kv_observe == "probe" and evicts(policy):
             self._probe = self._make_probe(probe_stride)
         self._settings = replace(settings, n_ctx=self._n_ctx)
@@ -265,7 +256,7 @@ class Llama(ProtectedLlama):
             As in the constructor.
         """
         cache = self._require_cache()
-        return _parse(kv_budget, self._n_ctx, cache.kv.info().n_bytes_cell, cache.policy)
+        return budget_cells(kv_budget, self._n_ctx, cache.kv.info().n_bytes_cell, cache.policy)
 
     def set_kv_budget(self, kv_budget: Budget) -> None:
         """Change the budget; a smaller one evicts at once, a larger one allocates.
@@ -305,9 +296,9 @@ class Llama(ProtectedLlama):
         """
         cache = self._require_cache()
         policy = get_policy(kv_policy)
-        allocation = _allocation(kv_allocation, policy)
-        _check_observe(self.kv_observe, policy)
-        _parse(cache.budget, self._n_ctx, cache.kv.info().n_bytes_cell, policy)
+        allocation = allocation_name(kv_allocation, policy)
+        check_observe(self.kv_observe, policy)
+        budget_cells(cache.budget, self._n_ctx, cache.kv.info().n_bytes_cell, policy)
         with deferred_interrupt():
             n_cells = self._cells(policy, cache.budget)
             if n_cells > cache.kv.info().n_allocated:
@@ -326,155 +317,8 @@ class Llama(ProtectedLlama):
             There is no such allocation.
         """
         cache = self._require_cache()
-        cache.allocation = _allocation(kv_allocation, cache.policy)
+        cache.allocation = allocation_name(kv_allocation, cache.policy)
 
     def _resize(self, cache: CompactCache, n_cells: int) -> None:
         if n_cells != cache.kv.info().n_allocated:
             cache.kv.resize(n_cells)
-
-    # -- state ---------------------------------------------------------------------------------
-
-    def save_state(self) -> llama_cpp.LlamaState:
-        """The sequence, its compacted cells and what was observed; see :meth:`load_state`."""
-        if self._cache is None:
-            return super().save_state()
-        data = native.get_state(self._ctx.ctx)
-        state = CompactedState(
-            input_ids=self.input_ids[: self.n_tokens].copy(),
-            # Without logits_all nothing is ever written there.
-            scores=self._scores.copy()
-            if self._logits_all
-            else np.empty((0, self._n_vocab), np.single),
-            n_tokens=self.n_tokens,
-            llama_state=data,
-            llama_state_size=len(data),
-            seed=self._seed,
-        )
-        state.policy = self._cache.policy.name
-        state.carried = None if self._cache.carried is None else self._cache.carried.copy()
-        state.n_repeated = self._cache.n_repeated
-        state.n_protected, state.copy = self.n_protected, self._cache.protection.copy
-        return state
-
-    def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """Continue from a saved state.
-
-        Raises
-        ------
-        StateError
-            The state does not fit this model, cache type, size or policy; the session is as it
-            was.
-        """
-        cache = self._cache
-        if cache is None:
-            if isinstance(state, CompactedState):
-                raise StateError("the state is of a compacted cache: load it with a kv_policy")
-            super().load_state(state)
-            return
-        if state.n_tokens > self._n_ctx:
-            raise StateError(
-                f"the state holds {state.n_tokens} tokens, the context {self._n_ctx}: "
-                "use a larger n_ctx"
-            )
-        name = getattr(state, "policy", None)
-        if name is not None and name != cache.policy.name:
-            raise StateError(
-                f"the state is of policy '{name}', this cache uses '{cache.policy.name}'"
-            )
-        with deferred_interrupt():
-            # An empty session need not be copied, which takes as long as loading.
-            before = native.get_state(self._ctx.ctx) if self.n_tokens else None
-            fits = native.set_state(self._ctx.ctx, state.llama_state)
-            if not (fits and _in_order(cache.kv, state.n_tokens)):
-                if before is None:
-                    self._ctx.kv_cache_clear()
-                    cache.observe()
-                else:
-                    native.set_state(self._ctx.ctx, before)
-                n_cells = cache.kv.info().n_allocated
-                raise StateError(
-                    "the state does not fit: it is of another model, cache type or n_window, "
-                    f"holds more than {n_cells} cells per head, or is damaged"
-                )
-            self.n_tokens = state.n_tokens
-            self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-            if self._logits_all and len(state.scores):
-                self.scores[: state.n_tokens, :] = state.scores
-            self._seed = state.seed
-            self._requires_eval = True
-            carried = getattr(state, "carried", None)
-            cache.carried = None if carried is None else carried.copy()
-            cache.n_repeated = getattr(state, "n_repeated", 0)
-            cache.protect(getattr(state, "n_protected", 0), getattr(state, "copy", None))
-
-
-def _in_order(kv: native.KVCache, n_tokens: int) -> bool:
-    """Whether the cells of every head hold tokens of a sequence of ``n_tokens``, in order."""
-    try:
-        positions = kv.positions()
-    except NativeError:
-        return False
-    if positions.shape[-1] == 0:
-        return n_tokens == 0
-    held = positions >= 0
-    # The cells that a head holds are the last ones, in order, the newest token among them.
-    last = bool((held[..., -1] & (positions[..., -1] == n_tokens - 1)).all())
-    suffix = bool((held[..., 1:] >= held[..., :-1]).all())
-    ascending = bool(((np.diff(positions, axis=-1) > 0) | ~held[..., :-1]).all())
-    return last and suffix and ascending
-
-
-def _allocation(name: str | None, policy: Policy) -> str:
-    if name is None:
-        name = str(getattr(policy, "allocation", "uniform"))
-    get_allocator(name)
-    return name
-
-
-def _parse(value: Budget | None, n_ctx: int, bytes_per_cell: int, policy: Policy) -> int:
-    if not evicts(policy):
-        return n_ctx
-    return parse_budget(
-        min(DEFAULT_BUDGET, n_ctx) if value is None else value,
-        n_ctx=n_ctx,
-        bytes_per_cell=bytes_per_cell,
-        minimum=policy.n_sinks + policy.n_recent + 1,
-    )
-
-
-def _settings(n_ctx: int, n_batch: int, kv_room: int, kwargs: dict[str, Any]) -> Settings:
-    return Settings(
-        n_ctx,
-        type_k=native.cache_type_name(kwargs.get("type_k")),
-        type_v=native.cache_type_name(kwargs.get("type_v")),
-        n_batch=n_batch,
-        n_ubatch=kwargs.get("n_ubatch", 512),
-        kv_room=kv_room,
-        swa_full=kwargs.get("swa_full"),
-        logits_all=bool(kwargs.get("logits_all")),
-    )
-
-
-def _check_observe(kv_observe: str, policy: Policy) -> None:
-    if kv_observe not in ("tail", "probe"):
-        raise PolicyError(f"kv_observe={kv_observe!r} must be 'tail' or 'probe'")
-    if kv_observe == "tail" and "probe" in policy.needs:
-        raise PolicyError(f"policy '{policy.name}' needs kv_observe='probe'")
-
-
-def _check_settings(flash_attn: bool | None, kwargs: dict[str, Any], kv_room: int) -> None:
-    if flash_attn is False:
-        raise UnsupportedModel(
-            "flash_attn=False stores values transposed, which cannot be evicted per head: "
-            "leave flash_attn out, or use kv_policy=None"
-        )
-    if kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR:
-        raise UnsupportedModel(
-            "split_mode=LLAMA_SPLIT_MODE_TENSOR shares the heads of every layer out over the "
-            "devices, which a cache of rows per head does not follow: leave split_mode out (whole "
-            "layers), or use kv_policy=None"
-        )
-    if kwargs.get("embedding"):
-        raise UnsupportedModel("embedding=True needs the stock cache: use kv_policy=None")
-    if kv_room < 0:
-        raise BudgetError(f"kv_room={kv_room} must be 0 or more cells")

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import llama_cpp
 import numpy as np
 
-from capkv_local.cache.compact import ATTENTION, CompactCache
+from capkv_local.cache.compact import CompactCache
+from capkv_local.cache.native_stats import ATTENTION
 from capkv_local.cache.probe import Probe
 from capkv_local.cache.protection import Protection
 from capkv_local.devices.placed import PlacedLlama

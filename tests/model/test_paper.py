@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from capkv_local.cache.compact import NativeStats
+from capkv_local.cache.native_stats import NativeStats
 from capkv_local.evaluate.crosscheck_native import write_float32
 from capkv_local.policies import get_policy
 from tests.golden.array_stats import golden_raw, golden_scores

@@ -501,7 +501,7 @@ def test_answer_survives_a_narrow_encoding() -> None:
     ],
 )
 def test_stats_of_an_opened_session(n_tokens: int, evictions: int, text: str) -> None:
-    from capkv_local.cache.compact import KVCacheStats
+    from capkv_local.cache.stats import KVCacheStats
     from capkv_local.cli.display import stats_text
 
     stats = KVCacheStats(
