@@ -23,9 +23,9 @@ from capkv_local import (
     StateError,
     UnsupportedModel,
     native,
-    reference,
 )
 from capkv_local.budget.allocate import ALLOCATORS
+from capkv_local.evaluate import reference
 from capkv_local.native import Stat
 from capkv_local.native import cache_type as cache_type_number
 from capkv_local.policies import get_policy, policy_names
