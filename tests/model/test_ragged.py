@@ -209,7 +209,7 @@ def pair(path: Paths) -> Iterator[Pair]:
 # -- attention over ragged cells ------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     n_layer=st.integers(1, 3),
     head_dim=st.sampled_from([32, 64, 128, 256]),
@@ -253,7 +253,6 @@ BUDGETS = (BUDGET, 8, 200)
 
 @settings(
     max_examples=1000,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(
@@ -327,7 +326,7 @@ def test_memory_is_the_rows(path: Paths, head_dim: int, kind: str) -> None:
         assert both.llama.kv_stats().kv_bytes == info.n_bytes_kv
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_freed_rows_take_new_tokens(pair: Pair, data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -387,7 +386,7 @@ def test_wrong_masks_are_refused_and_change_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(n_prompt=st.integers(2, 100), seed=st.integers(0, 2**32 - 1))
 def test_what_is_held_decides_and_not_how_it_came_about(
     path: Paths, kind: str, n_prompt: int, seed: int

@@ -81,7 +81,7 @@ def test_the_order_of_threads_changes_no_bit(
         np.testing.assert_array_equal(got, first)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases(blocks=8, heads=3), order=st.sampled_from(ORDERS))
 def test_random_shapes(backend: Metal, case: Case, order: Order) -> None:
     check_case(backend.leverage_score, case, order=order)

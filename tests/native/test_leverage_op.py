@@ -72,7 +72,7 @@ def test_thread_count_changes_no_bit(shape: tuple[int, int, int, int]) -> None:
         np.testing.assert_array_equal(got, one)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(case=cases(blocks=5, heads=4), n_threads=st.integers(1, 4))
 def test_random_shapes(case: Case, n_threads: int) -> None:
     check_case(ggml.leverage_score, case, n_threads=n_threads)

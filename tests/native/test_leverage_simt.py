@@ -128,7 +128,7 @@ def test_the_error_that_test_backend_ops_looks_at(kernel: Kernel, d: int, noise:
     assert np.square(got - want).sum() < 1e-8 * np.square(want).sum()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     case=cases(blocks=5, heads=4),
     order=st.builds(Order, st.integers(0, 2), st.integers(0, 99), align_end=st.booleans()),

@@ -172,7 +172,6 @@ every_allocator = pytest.mark.parametrize("allocate", SLOW, ids=lambda f: f.__na
 
 
 @every_allocator
-@settings(deadline=None)
 @given(case=cases())
 def test_equals_the_slow_reference(allocate: Allocator, case: Case) -> None:
     counts = allocate(*case)
@@ -180,7 +179,6 @@ def test_equals_the_slow_reference(allocate: Allocator, case: Case) -> None:
 
 
 @every_allocator
-@settings(deadline=None)
 @given(case=cases())
 def test_contract(allocate: Allocator, case: Case) -> None:
     counts = allocate(*case)
@@ -198,7 +196,6 @@ def test_contract(allocate: Allocator, case: Case) -> None:
 
 
 @every_allocator
-@settings(deadline=None)
 @given(case=cases())
 def test_order_in_memory_changes_nothing(allocate: Allocator, case: Case) -> None:
     counts = allocate(*case)
@@ -212,7 +209,6 @@ def test_order_in_memory_changes_nothing(allocate: Allocator, case: Case) -> Non
 
 
 @every_allocator
-@settings(deadline=None)
 @given(case=cases())
 def test_inputs_are_left_alone(allocate: Allocator, case: Case) -> None:
     scores, mask = case.scores.copy(), case.contested.copy()
@@ -243,7 +239,6 @@ def test_all_or_nothing(allocate: Allocator, shape: tuple[int, int, int]) -> Non
 
 
 @every_allocator
-@settings(deadline=None)
 @given(case=cases(), n_sinks=st.integers(0, 3), n_recent=st.integers(1, 3))
 def test_counts_fit_keep_mask(allocate: Allocator, case: Case, n_sinks: int, n_recent: int) -> None:
     """With sinks and recent window added, the counts are what keep_mask takes."""
@@ -263,7 +258,6 @@ def test_counts_fit_keep_mask(allocate: Allocator, case: Case, n_sinks: int, n_r
 # --- each on its own --------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(cases())
 def test_uniform_differs_by_one_at_most_where_cells_suffice(case: Case) -> None:
     counts = uniform(*case)
@@ -289,7 +283,6 @@ def test_uniform_passes_on_what_a_head_cannot_use() -> None:
     assert uniform(np.zeros(mask.shape), mask, 13, 0).tolist() == [[4, 1], [4, 4]]
 
 
-@settings(deadline=None)
 @given(cases(full=True))
 def test_pyramid_never_rises(case: Case) -> None:
     counts = pyramid(*case)
@@ -335,7 +328,6 @@ def test_pyramid_gives_what_cannot_be_divided_to_the_first_layers() -> None:
     assert counts.tolist() == [[22, 22], [11, 11], [0, 0]]
 
 
-@settings(deadline=None)
 @given(cases(full=True))
 def test_adaptive_layer_gives_layers_the_same(case: Case) -> None:
     layers = adaptive_layer(*case).sum(axis=-1)
@@ -343,7 +335,6 @@ def test_adaptive_layer_gives_layers_the_same(case: Case) -> None:
     assert (np.diff(layers) >= 0).all()  # what cannot be divided goes to the last layers
 
 
-@settings(deadline=None)
 @given(cases())
 def test_adaptive_layer_gives_layers_the_same_where_they_have_it(case: Case) -> None:
     n_layer = case.contested.shape[0]
@@ -373,7 +364,6 @@ def test_adaptive_layer_meets_a_floor_beyond_a_layers_share() -> None:
     assert counts.tolist() == [[5, 0, 0], [5, 5, 5]]
 
 
-@settings(deadline=None)
 @given(cases())
 def test_global_without_floor_is_a_plain_top_k(case: Case) -> None:
     """The counts, and through keep_mask the very cells."""
@@ -401,21 +391,18 @@ def test_global_by_hand() -> None:
     assert global_(np.zeros(mask.shape), mask, 5, 0).tolist() == [[1, 1], [1, 2]]
 
 
-@settings(deadline=None)
 @given(cases())
 def test_one_layer_makes_adaptive_and_global_the_same(case: Case) -> None:
     one = Case(case.scores[:1], case.contested[:1], case.total, case.floor)
     assert (adaptive_layer(*one) == global_(*one)).all()
 
 
-@settings(deadline=None)
 @given(cases())
 def test_one_layer_makes_pyramid_uniform(case: Case) -> None:
     one = Case(case.scores[:1], case.contested[:1], case.total, case.floor)
     assert (pyramid(*one) == uniform(*one)).all()
 
 
-@settings(deadline=None)
 @given(cases())
 def test_scores_play_no_part_in_uniform_and_pyramid(case: Case) -> None:
     for allocate in (uniform, pyramid):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from capkv_local.budget.parse import parse_budget
@@ -88,7 +88,6 @@ def test_refusals_say_why(value: object, says: str) -> None:
     assert "kv_budget=" in str(caught.value)
 
 
-@settings(deadline=None)
 @given(st.integers(MINIMUM, N_CTX), st.integers(1, 2**24))
 def test_cells_round_trip(cells: int, bytes_per_cell: int) -> None:
     assert parse(cells) == cells
@@ -97,7 +96,6 @@ def test_cells_round_trip(cells: int, bytes_per_cell: int) -> None:
     assert parse(cells / N_CTX) == cells
 
 
-@settings(deadline=None)
 @given(st.integers(1, 100))
 def test_decimal_shares_mean_what_they_say(percent: int) -> None:
     """0.29 of 100 is 29 although the binary 0.29 is a little less."""
@@ -105,7 +103,6 @@ def test_decimal_shares_mean_what_they_say(percent: int) -> None:
     assert parse(f"{percent}%", n_ctx=100, minimum=1) == percent
 
 
-@settings(deadline=None)
 @given(st.one_of(st.text(), st.floats(), st.integers(), st.none(), st.binary()))
 def test_anything_else_is_a_budget_error(value: object) -> None:
     try:

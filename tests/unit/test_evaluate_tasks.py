@@ -146,7 +146,7 @@ def test_evidence_stands_where_it_is_said_to(task: str, split: Split) -> None:
             assert question.answer.strip() in evidence
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     task=st.sampled_from(sorted(TASKS)),
     split=st.sampled_from(SPLITS),

@@ -121,7 +121,7 @@ def test_all_files_of_a_split_model_count(folder: Path, small: Path) -> None:
 
 
 @given(memory=st.integers(0, 32 << 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_largest_budget_fits_and_one_step_more_does_not(planner: Planner, memory: int) -> None:
     budget = planner.largest_budget(memory)
     if budget is None:
@@ -133,7 +133,7 @@ def test_the_largest_budget_fits_and_one_step_more_does_not(planner: Planner, me
 
 
 @given(memory=st.integers(0, 16 << 20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_largest_context_fits_and_one_step_more_does_not(planner: Planner, memory: int) -> None:
     def total(n: int) -> int:
         return planner.whole(n).need(n).total

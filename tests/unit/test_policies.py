@@ -335,7 +335,7 @@ def test_hard_inputs_stay_finite(row: Row, hard: str) -> None:
 
 
 @rows
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1), order=st.permutations(range(8)))
 def test_order_of_dimensions_does_not_matter(row: Row, seed: int, order: list[int]) -> None:
     """llama.cpp permutes each head's dimensions (RoPE excepted, see the reference's test)."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from capkv_local.budget.allocate import ALLOCATORS
@@ -76,7 +76,6 @@ class Cells:
         self.heads = [positions[kept].tolist() for positions, kept in rows]
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(sorted(ALLOCATORS)),

@@ -96,7 +96,6 @@ def leverage_cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float]:
     return u, w, draw(st.floats(1e-3, 100))
 
 
-@settings(deadline=None)
 @given(leverage_cases())
 def test_leverage_is_a_share_and_sums_to_the_effective_dimension(
     case: tuple[np.ndarray, np.ndarray, float],
@@ -118,7 +117,6 @@ def test_leverage_is_a_share_and_sums_to_the_effective_dimension(
     np.testing.assert_allclose(s.sum(axis=-1), per_kv_head, rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(leverage_cases(), st.floats(0.1, 10))
 def test_leverage_depends_on_weight_over_noise_alone(
     case: tuple[np.ndarray, np.ndarray, float], factor: float
@@ -128,7 +126,6 @@ def test_leverage_depends_on_weight_over_noise_alone(
     np.testing.assert_allclose(scaled, reference.leverage(u, w, noise), rtol=1e-6, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(leverage_cases())
 def test_leverage_is_the_capacity_a_cell_adds(case: tuple[np.ndarray, np.ndarray, float]) -> None:
     """-log(1 - s_i) is what log det loses when cell i goes: the paper's marginal gain."""
@@ -155,7 +152,7 @@ def test_leverage_without_weights_and_with_large_noise() -> None:
     np.testing.assert_allclose(noisy, (u**2).sum(axis=-1), rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]))
 def test_window_attention_against_a_loop(seed: int, group: int) -> None:
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -59,7 +59,6 @@ def slow_always(cells: list[int], n_sinks: int, n_recent: int) -> set[int]:
     }
 
 
-@settings(deadline=None)
 @given(cases())
 def test_keeps_exactly_the_best(case: Case) -> None:
     scores, held, counts, n_sinks, n_recent = case
@@ -77,7 +76,6 @@ def test_keeps_exactly_the_best(case: Case) -> None:
         assert set(np.flatnonzero(keep[head])) == kept
 
 
-@settings(deadline=None)
 @given(cases())
 def test_contested_is_all_but_sinks_and_recent(case: Case) -> None:
     middle = contested(case.held, n_sinks=case.n_sinks, n_recent=case.n_recent)
@@ -89,7 +87,6 @@ def test_contested_is_all_but_sinks_and_recent(case: Case) -> None:
         assert np.flatnonzero(middle[head]).tolist() == [c for c in cells if c not in always]
 
 
-@settings(deadline=None)
 @given(cases())
 def test_order_in_memory_changes_nothing(case: Case) -> None:
     scores, held, counts, n_sinks, n_recent = case
@@ -106,7 +103,6 @@ def test_order_in_memory_changes_nothing(case: Case) -> None:
     assert (other == keep).all()
 
 
-@settings(deadline=None)
 @given(cases())
 def test_absent_cells_change_nothing(case: Case) -> None:
     """More absent cells in front shift the mask and do no more."""
@@ -123,7 +119,6 @@ def test_absent_cells_change_nothing(case: Case) -> None:
     assert (padded == np.pad(keep, front)).all()
 
 
-@settings(deadline=None)
 @given(cases())
 def test_inputs_are_left_alone(case: Case) -> None:
     before = [case.scores.copy(), case.held.copy(), case.counts.copy()]
@@ -133,7 +128,6 @@ def test_inputs_are_left_alone(case: Case) -> None:
     np.testing.assert_array_equal(case.counts, before[2])
 
 
-@settings(deadline=None)
 @given(cases(), st.data())
 def test_protected_cells_stay_and_the_best_of_the_others(case: Case, data: st.DataObject) -> None:
     scores, held, counts, n_sinks, n_recent = case

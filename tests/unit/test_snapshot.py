@@ -23,9 +23,7 @@ from capkv_local.errors import StateError
 from capkv_local.snapshot import VERSION, read_header, read_snapshot, write_snapshot
 
 HEADER = {"name": "a book", "extra": {"sources": [[0, "page 1"]]}}
-fast = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+fast = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def arrays() -> dict[str, np.ndarray[Any, Any]]:
