@@ -47,7 +47,8 @@ class CapKV(BasePolicy):
     Which ones is another question. A head takes them in turn from three lists, since there are
     three kinds of tokens to come: those for which this head looks something up (r), those for
     which another does (the mean of r over all heads, by token), and those that go on with the
-    text (the mean attention of the last queries).
+    text (the mean attention of the last queries; not while more of the text is still to be read,
+    since only its end is gone on from).
 
     Parameters
     ----------
@@ -70,7 +71,8 @@ class CapKV(BasePolicy):
         behind the defaults.
     probe_own, probe_consensus, probe_tail
         With a probe, shares of the cells that are chosen by the head's own relevance, by that of
-        all heads and by the tail's attention; they are divided by their sum.
+        all heads and by the tail's attention; they are divided by their sum. The tail has none
+        while more of the text is to come, unless the other two are 0.
     probe_pool, probe_noise
         With a probe, the pool of what all heads find relevant, and the noise, in units of a summed
         squared attention. Chosen on two models, see docs/evaluation.md.
@@ -97,9 +99,9 @@ class CapKV(BasePolicy):
     consensus: float = 1.0
     u: Literal["value", "key"] = "value"
     noise: float = 0.01
-    probe_own: float = 0.45
-    probe_consensus: float = 0.35
-    probe_tail: float = 0.2
+    probe_own: float = 0.4
+    probe_consensus: float = 0.3
+    probe_tail: float = 0.3
     probe_pool: int = 3
     probe_noise: float = 1.0
 
@@ -110,14 +112,10 @@ class CapKV(BasePolicy):
             self._require(name, pool >= 1 and pool % 2 == 1, "odd and 1 or more")
         for name in ("consensus", "probe_own", "probe_consensus", "probe_tail"):
             self._require(name, 0 <= getattr(self, name) < np.inf, "finite and 0 or more")
-        self._require("probe_own", sum(self._probe_shares) > 0, "above 0 if the other two are 0")
+        self._require("probe_own", self.probe_own + self.probe_consensus + self.probe_tail > 0, "above 0 if the other two are 0")
         for name in ("noise", "probe_noise"):
             self._require(name, 0 < getattr(self, name) < np.inf, "finite and above 0")
         self._require("u", self.u in ("value", "key"), "'value' or 'key'")
-
-    @property
-    def _probe_shares(self) -> tuple[float, float, float]:
-        return self.probe_own, self.probe_consensus, self.probe_tail
 
     def score(self, stats: KVStats) -> F32:
         """Capacity, sinks and recent above all; hands the relevance on to the next round."""
@@ -142,8 +140,11 @@ class CapKV(BasePolicy):
         stats.carry(repeated)
         own = np.where(open_, repeated, np.float32(0))
         shared = _pooled(_mean_over_heads(stats.positions, own), open_, self.probe_pool)
-        tail = _pooled(stats.window_attention(reduce="mean"), open_, self.pool)
-        order = _in_turn((own, shared, tail), self._probe_shares, open_)
+        lists, shares = [own, shared], [self.probe_own, self.probe_consensus]
+        if not stats.more or sum(shares) == 0:
+            lists.append(_pooled(stats.window_attention(reduce="mean"), open_, self.pool))
+            shares.append(self.probe_tail)
+        order = _in_turn(lists, shares, open_)
         return _in_order_of(order, self._capacity(stats, own, self.probe_noise), open_)
 
     def _capacity(self, stats: KVStats, relevance: F32, noise: float) -> F32:
