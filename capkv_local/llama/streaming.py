@@ -188,9 +188,7 @@ class StreamingLlama(PlacedLlama):
     def _never_full(self, cache: CompactCache) -> bool:
         return not cache.evicts or cache.budget >= self._n_ctx
 
-    def _make_room(
-        self, cache: CompactCache, n_new: int, observers: _Observers, more: bool
-    ) -> int:
+    def _make_room(self, cache: CompactCache, n_new: int, observers: _Observers, more: bool) -> int:
         """Free cells for new tokens, ``n_new`` if that can be; ``more`` of a text, or of an answer.
 
         Evicts only when a good part of ``n_new`` does not fit: the fuller the cache, the more a

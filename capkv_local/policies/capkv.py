@@ -112,7 +112,11 @@ class CapKV(BasePolicy):
             self._require(name, pool >= 1 and pool % 2 == 1, "odd and 1 or more")
         for name in ("consensus", "probe_own", "probe_consensus", "probe_tail"):
             self._require(name, 0 <= getattr(self, name) < np.inf, "finite and 0 or more")
-        self._require("probe_own", self.probe_own + self.probe_consensus + self.probe_tail > 0, "above 0 if the other two are 0")
+        self._require(
+            "probe_own",
+            self.probe_own + self.probe_consensus + self.probe_tail > 0,
+            "above 0 if the other two are 0",
+        )
         for name in ("noise", "probe_noise"):
             self._require(name, 0 < getattr(self, name) < np.inf, "finite and above 0")
         self._require("u", self.u in ("value", "key"), "'value' or 'key'")
