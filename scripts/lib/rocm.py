@@ -108,7 +108,7 @@ def _debian(root: Path) -> Rocm:
         if not home.is_dir():
             (root / "tmp").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root / "tmp") as work:
-                print("fetching a HIP compiler and headers (65 MB, once)", flush=True)
+                print("fetching a HIP compiler and headers (60 MB, once)", flush=True)
                 _fetch(Path(work))
                 stage = Path(work, "unpacked")
                 for package in sorted(Path(work).glob("*.deb")):
