@@ -53,21 +53,44 @@ def check_sanitizers(tests: Sequence[str], jobs: int | None) -> int:
     logs.mkdir(parents=True)
     env = {**environment.process_env(), **sanitizer_env(runtimes, logs)}
     env["LLAMA_CPP_LIB_PATH"] = str(dev.bin_dir)
+    python = str(environment.venv.python)
+    require_canary([python, str(ROOT / "scripts" / "sanitizers" / "canary.py")], env, logs)
     failed = []
     for test in tests:
         started = time.monotonic()
         print(f"== {test}", flush=True)
-        command = [str(environment.venv.python), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         if subprocess.run([*command, test], cwd=ROOT, env=env, check=False).returncode != 0:
             failed.append(test)
         print(f"[{time.monotonic() - started:.0f} s]", flush=True)
-    ours, theirs = findings(path.read_text(errors="replace") for path in sorted(logs.iterdir()))
+    ours, theirs = findings(_reports(logs))
     for title, found in (("in llama.cpp's own files", theirs), ("in ours", ours)):
         print(f"== found {title}: {len(found)}")
         for what, n in found.items():
             print(f"{what} ({n} reports)")
     print(f"failed: {', '.join(failed) or 'nothing'}; reports: {logs}")
     return 1 if ours or failed else 0
+
+
+def require_canary(command: Sequence[str], env: Mapping[str, str], logs: Path) -> None:
+    """Run a program with a mistake in it and take its report away again.
+
+    Raises
+    ------
+    SetupError
+        There is no report: then a clean run of the tests would mean nothing.
+    """
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    ours, _ = findings(_reports(logs))
+    if not any("heap-buffer-overflow" in what for what in ours):
+        said = (done.stderr or done.stdout).strip()[-500:]
+        raise SetupError(f"the sanitizers did not notice a write behind a buffer: {said}")
+    for path in logs.iterdir():
+        path.unlink()
+
+
+def _reports(logs: Path) -> list[str]:
+    return [path.read_text(errors="replace") for path in sorted(logs.iterdir())]
 
 
 def find_runtimes(env: Mapping[str, str] = os.environ) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import SetupError
-from lib.sanitizers import find_runtimes, findings, sanitizer_env
+from lib.sanitizers import find_runtimes, findings, require_canary, sanitizer_env
 
 UNDEFINED = """\
 /src/ggml/src/ggml.cpp:12:3: runtime error: left shift of negative value -1
@@ -66,3 +66,12 @@ def test_reports_go_into_a_folder(tmp_path: Path) -> None:
     env = sanitizer_env([Path("a.so"), Path("b.so")], tmp_path)
     assert env["LD_PRELOAD"] == "a.so:b.so"
     assert f"log_path={tmp_path / 'address'}" in env["ASAN_OPTIONS"]
+
+
+def test_a_mistake_that_nobody_notices_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="did not notice a write behind a buffer: quiet"):
+        require_canary(["/bin/sh", "-c", "echo quiet"], {}, tmp_path)
+    report = tmp_path / "report"
+    report.write_text(ADDRESS.format(file="/src/src/llama-kv-evict.cpp"))
+    require_canary(["/bin/sh", "-c", "exit 1"], {}, tmp_path)
+    assert not report.exists()
