@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from .patchedtree import names_below, patched_tree, read_files
 ARCHITECTURES = ("75", "86", "89", "90", "120")
 
 _BACKEND = "ggml/src/ggml-cuda"
-_OURS = (f"{_BACKEND}/leverage-score.cu",)
-_CALL_SITES = f"{_BACKEND}/ggml-cuda.cu"
-_HEADERS = (("ggml/include", (".h",)), ("ggml/src", (".h", ".cuh")))
+OURS = (f"{_BACKEND}/leverage-score.cu",)
+CALL_SITES = f"{_BACKEND}/ggml-cuda.cu"
+HEADERS = (("ggml/include", (".h",)), ("ggml/src", (".h", ".cuh")))
 # ggml's own flags, and warnings as errors. The two exceptions are for ggml-impl.h and cuda_fp4.hpp.
 _FLAGS = (
     *("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_NO_VMM"),
@@ -37,6 +38,7 @@ class Usage:
     registers: int  # per thread
     shared: int  # bytes per block
     spilled: int  # bytes per thread, stores and loads
+    waves: int | None = None  # groups of threads in step that fit at once (AMD)
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,18 @@ def check_cuda(architectures: Sequence[str], cublas: Path | None) -> None:
         The toolkit is not complete, a file does not compile without a warning, or a kernel spills.
     """
     toolkit = find_toolkit(architectures, cublas)
-    tree = patched_tree()
-    headers = [n for folder, suffixes in _HEADERS for n in names_below(tree, folder, suffixes)]
-    texts = read_files(tree, (*_OURS, _CALL_SITES, *headers))
     spilling = []
-    with tempfile.TemporaryDirectory() as work:
-        for name, text in texts.items():
-            path = Path(work, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", errors="surrogateescape")
-        for name in _OURS:
+    with sources() as work:
+        for name in OURS:
             print(f"{name}: registers of a thread, by architecture")
             usages = {}
             for arch in architectures:
-                usages[arch] = parse_usage(_compile(toolkit, Path(work), name, arch))
-                spilling += [(arch, usage) for usage in usages[arch] if usage.spilled]
+                found = parse_usage(compile_file(toolkit, work, name, arch))
+                usages[f"sm_{arch}"] = found
+                spilling += [(arch, usage) for usage in found if usage.spilled]
             print("\n".join(table(usages)))
-        _compile(toolkit, Path(work), _CALL_SITES, architectures[0])
-        print(f"{_CALL_SITES}: compiles for sm_{architectures[0]}")
+        compile_file(toolkit, work, CALL_SITES, architectures[0])
+        print(f"{CALL_SITES}: compiles for sm_{architectures[0]}")
     if spilling:
         arch, worst = max(spilling, key=lambda found: found[1].spilled)
         raise SetupError(
@@ -81,6 +77,20 @@ def check_cuda(architectures: Sequence[str], cublas: Path | None) -> None:
             f"({worst.spilled} bytes): give it fewer values per thread or more registers"
         )
     print("no spills, no warnings")
+
+
+@contextmanager
+def sources() -> Iterator[Path]:
+    """Lay our sources and ggml's headers into a folder that goes away afterwards."""
+    tree = patched_tree()
+    headers = [n for folder, suffixes in HEADERS for n in names_below(tree, folder, suffixes)]
+    texts = read_files(tree, (*OURS, CALL_SITES, *headers))
+    with tempfile.TemporaryDirectory() as work:
+        for name, text in texts.items():
+            path = Path(work, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        yield Path(work)
 
 
 def find_toolkit(
@@ -128,9 +138,10 @@ def _cublas_folders(nvcc: str) -> Iterator[Path]:
     yield Path("/usr/local/cuda/include")
 
 
-def _compile(toolkit: Toolkit, work: Path, name: str, arch: str) -> str:
-    command = [toolkit.nvcc, *_FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v"]
-    command += [f"-I{work / folder}" for folder, _ in _HEADERS] + [f"-I{toolkit.cublas}"]
+def compile_file(toolkit: Toolkit, work: Path, name: str, arch: str, *more: str) -> str:
+    """Compile one of the files in ``work``; return what the compiler says."""
+    command = [toolkit.nvcc, *_FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", *more]
+    command += [f"-I{work / folder}" for folder, _ in HEADERS] + [f"-I{toolkit.cublas}"]
     command += ["-c", str(work / name), "-o", str(work / "out.o")]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -171,27 +182,29 @@ def kernel_name(symbol: str) -> str:
     names = [symbol[m.end() : m.end() + int(m[0])] for m in re.finditer(r"\d+(?=[a-z_])", symbol)]
     kernel = next((name for name in names if name.startswith("leverage_")), symbol)
     reader = re.search(
-        r"dequantize_(q\d_\d|iq4_nl|float)(?:\w*?I(f|6__half|13__nv_bfloat16)E)?", symbol
+        r"dequantize_(q\d_\d|iq4_nl|float)(?:\w*?I(f|6__half|13__nv_bfloat16|14__hip_bfloat16)E)?",
+        symbol,
     )
     if reader is None:
         return kernel
-    element = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}
-    return f"{kernel} {element[reader[2]] if reader[1] == 'float' else reader[1]}"
+    element = {"f": "f32", "6__half": "f16"}.get(reader[2], "bf16")
+    return f"{kernel} {element if reader[1] == 'float' else reader[1]}"
 
 
 def table(usages: Mapping[str, Sequence[Usage]]) -> list[str]:
     """Return lines: a kernel each, with its shared memory, registers, and spills if any."""
     kernels = sorted({usage.kernel for found in usages.values() for usage in found})
-    lines = [f"  {'kernel':<24}{'shared':>8}" + "".join(f"{'sm_' + arch:>12}" for arch in usages)]
+    lines = [f"  {'kernel':<24}{'shared':>8}" + "".join(f"{name:>15}" for name in usages)]
     for kernel in kernels:
         row = [next((u for u in found if u.kernel == kernel), None) for found in usages.values()]
         shared = max(usage.shared for usage in row if usage)
         cells = [_cell(usage) for usage in row]
-        lines.append(f"  {kernel:<24}{shared:>8}" + "".join(f"{cell:>12}" for cell in cells))
+        lines.append(f"  {kernel:<24}{shared:>8}" + "".join(f"{cell:>15}" for cell in cells))
     return lines
 
 
 def _cell(usage: Usage | None) -> str:
     if usage is None:
         return "-"
-    return f"{usage.registers}" + (f" ({usage.spilled} sp)" if usage.spilled else "")
+    waves = "" if usage.waves is None else f"/{usage.waves}"
+    return f"{usage.registers}{waves}" + (f" ({usage.spilled} sp)" if usage.spilled else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,13 @@ class DevTree:
         return self.build / "bin"
 
 
-def build_dev(tree: Path | None, jobs: int | None) -> DevTree:
-    """Make the work tree if there is none, and compile what changed in it."""
+def build_dev(
+    tree: Path | None, jobs: int | None, *, variant: str = "", args: Sequence[str] = ()
+) -> DevTree:
+    """Make the work tree if there is none, and compile what changed in it.
+
+    A ``variant`` has a build of its own, with CMake's ``args`` after all others.
+    """
     root, series = cache_root(), load_series()
     tools.require_compiler_and_cmake()
     with Lock(root / "lock") as lock:
@@ -42,8 +48,11 @@ def build_dev(tree: Path | None, jobs: int | None) -> DevTree:
             tree, build = root / "dev" / "src", root / "dev" / "build"
             if not (tree / ".git").exists():
                 _make_tree(root, series, tree, lock.fd)
+        if variant:
+            build = build.with_name(f"{build.name}-{variant}")
         dev = DevTree(tree.resolve(), build)
-        _compile(root, series, dev, tools.build_jobs() if jobs is None else jobs, lock.fd)
+        jobs = tools.build_jobs() if jobs is None else jobs
+        _compile(root, series, dev, [*keys.cmake_args(), *args], jobs, lock.fd)
     return dev
 
 
@@ -59,13 +68,14 @@ def _make_tree(root: Path, series: Series, tree: Path, lock_fd: int) -> None:
     stage.replace(tree)
 
 
-def _compile(root: Path, series: Series, dev: DevTree, jobs: int, lock_fd: int) -> None:
+def _compile(
+    root: Path, series: Series, dev: DevTree, args: Sequence[str], jobs: int, lock_fd: int
+) -> None:
     ninja = tools.find_ninja(Path(sys.executable).parent)
     if ninja is None:
         raise SetupError("ninja not found: install the package ninja-build")
     log = root / "logs" / f"{dev.build.name}.log"
     env = native.compile_env(dev.source, root)
-    args = keys.cmake_args()
     configure = native.configure_command(dev.source, dev.build, args, ninja, series)
     build = [ninja, "-C", str(dev.build), "-j", str(jobs), "llama", "test-backend-ops"]
     progress = Progress([("Configuring", 5), ("Compiling", 60)], sys.stderr)

@@ -41,7 +41,7 @@ def test_registers_shared_memory_and_spills_are_read() -> None:
 
 
 def test_a_spill_is_in_the_table() -> None:
-    lines = table({"86": parse_usage(LOG), "90": parse_usage(LOG)[1:]})
+    lines = table({"sm_86": parse_usage(LOG), "sm_90": parse_usage(LOG)[1:]})
     assert lines[0].split() == ["kernel", "shared", "sm_86", "sm_90"]
     assert lines[1].split() == ["leverage_gram", "f16", "16512", "96", "(140", "sp)", "-"]
     assert len(lines) == 4
