@@ -1,4 +1,4 @@
-"""Ops that share launches of the CUDA kernel: the same bits as one by one, whatever their lengths."""
+"""Ops that share launches of the CUDA kernel: whatever their lengths, the bits of one by one."""
 
 from __future__ import annotations
 
