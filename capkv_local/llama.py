@@ -34,7 +34,7 @@ from capkv_local.errors import (
 from capkv_local.interrupt import deferred_interrupt
 from capkv_local.models import check_model_file, load_errors
 from capkv_local.placed import offloads
-from capkv_local.planner import DEFAULT_ROOM, Settings
+from capkv_local.planner import DEFAULT_ROOM, DEVICE_ROOM, Settings
 from capkv_local.policies import Policy, get_policy
 from capkv_local.probe import REQUEST, Probe
 from capkv_local.protected import ProtectedLlama
@@ -86,7 +86,8 @@ class Llama(ProtectedLlama):
         Observe with every n-th token of the repetition only: cheaper, at a loss
         (docs/evaluation.md).
     kv_room
-        Cells beyond ``kv_budget + n_batch``: how many tokens are generated between evictions.
+        Cells beyond ``kv_budget + n_batch``: how many tokens are read or generated between
+        evictions. Default: 256, with layers on other devices than the CPU 1792.
     **kwargs
         As :class:`llama_cpp.Llama`, and ``rpc_servers`` of
         :class:`~capkv_local.placed.PlacedLlama`. Flash attention is on unless the cache is the
@@ -118,7 +119,7 @@ class Llama(ProtectedLlama):
         kv_allocation: str | None = None,
         kv_observe: Observe = "tail",
         probe_stride: int = 1,
-        kv_room: int = DEFAULT_ROOM,
+        kv_room: int | None = None,
         flash_attn: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -126,7 +127,7 @@ class Llama(ProtectedLlama):
         self._stack = contextlib.ExitStack()
         self._cache: CompactCache | None = None
         self._t_decode_s = 0.0
-        self._room = kv_room
+        self._room = DEFAULT_ROOM if kv_room is None else kv_room
         self._probe: Probe | None = None
         check_model_file(model_path)
         if kv_policy is None:
@@ -143,12 +144,15 @@ class Llama(ProtectedLlama):
         native.require()
         policy = get_policy(kv_policy)
         allocation = _allocation(kv_allocation, policy)
-        _check_settings(flash_attn, kwargs, kv_room)
+        on_devices = offloads(kwargs)
+        if kv_room is None and on_devices:
+            self._room = DEVICE_ROOM
+        _check_settings(flash_attn, kwargs, self._room)
         _check_observe(kv_observe, policy)
-        settings = _settings(n_ctx, n_batch, kv_room, kwargs)
+        settings = _settings(n_ctx, n_batch, self._room, kwargs)
         settings = settings.with_policy(policy, probe=kv_observe == "probe", allocation=allocation)
         if is_auto(kv_budget) and settings.evicts:
-            kv_budget = auto_budget(model_path, settings, offloads=offloads(kwargs))
+            kv_budget = auto_budget(model_path, settings, offloads=on_devices)
         if n_ctx > 0 and not isinstance(kv_budget, str):
             _parse(kv_budget, n_ctx, 0, policy)  # wrong settings are told before a model is loaded
         # The cells come later, when the context and the bytes per cell are known.
@@ -249,7 +253,7 @@ class Llama(ProtectedLlama):
 
     @property
     def kv_room(self) -> int:
-        """Cells beyond ``kv_budget + n_batch``; see the constructor."""
+        """Cells beyond ``kv_budget + n_batch``, as they are here; see the constructor."""
         return self._room
 
     def kv_positions(self) -> native.I32:
