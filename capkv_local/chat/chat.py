@@ -24,7 +24,6 @@ from capkv_local.errors import ContextOverflow
 from capkv_local.llama import Budget, Llama, Observe
 from capkv_local.llama.template import ChatTemplate
 from capkv_local.models import default_model, fingerprint
-from capkv_local.plan.planner import DEFAULT_ROOM
 from capkv_local.policies import get_policy
 from capkv_local.snapshot.saved_chat import SavedChat
 
@@ -45,6 +44,7 @@ class DocumentChat(TurnsChat, SavedChat, CitedChat):
         questions that come later find several times as much (docs/evaluation.md).
     kv_room
         Cells for the conversation beside those of the document; a batch's cells serve it, too.
+        Default: as :class:`~capkv_local.Llama`.
     keep_turns
         Whether questions and answers stay in the conversation, see :meth:`ask`.
     n_threads
@@ -74,7 +74,7 @@ class DocumentChat(TurnsChat, SavedChat, CitedChat):
         kv_observe: Observe = "probe",
         probe_stride: int = 1,
         n_ctx: int | None = None,
-        kv_room: int = DEFAULT_ROOM,
+        kv_room: int | None = None,
         keep_turns: bool = True,
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,

@@ -148,7 +148,8 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         type=click.IntRange(min=0),
         metavar="N",
         help="Cells for the conversation beside a batch's (512), which serve it, too: for longer "
-        "questions, and to keep more of what was said. [default: 256]",
+        "questions, and to keep more of what was said. [default: 256, with layers on GPUs "
+        "or servers 1792]",
     ),
     click.option(
         "--threads",

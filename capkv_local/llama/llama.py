@@ -41,7 +41,7 @@ from capkv_local.llama.state import StatefulLlama
 from capkv_local.llama.template import ChatTemplate
 from capkv_local.models import check_model_file, load_errors
 from capkv_local.plan.auto import auto_budget
-from capkv_local.plan.planner import DEFAULT_ROOM
+from capkv_local.plan.planner import DEFAULT_ROOM, DEVICE_ROOM
 from capkv_local.policies import Policy, get_policy
 
 # Arguments by which a user says that a model reaches further than its file says.
@@ -76,7 +76,8 @@ class Llama(StatefulLlama):
         Observe with every n-th token of the repetition only: cheaper, at a loss
         (docs/evaluation.md).
     kv_room
-        Cells beyond ``kv_budget + n_batch``: how many tokens are generated between evictions.
+        Cells beyond ``kv_budget + n_batch``: how many tokens are read or generated between
+        evictions. Default: 256, with layers on other devices than the CPU 1792.
     **kwargs
         As :class:`llama_cpp.Llama`, and ``rpc_servers`` of
         :class:`~capkv_local.devices.placed.PlacedLlama`. Flash attention is on unless the cache is
@@ -108,7 +109,7 @@ class Llama(StatefulLlama):
         kv_allocation: str | None = None,
         kv_observe: Observe = "tail",
         probe_stride: int = 1,
-        kv_room: int = DEFAULT_ROOM,
+        kv_room: int | None = None,
         flash_attn: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -116,7 +117,7 @@ class Llama(StatefulLlama):
         self._stack = contextlib.ExitStack()
         self._cache: CompactCache | None = None
         self._t_decode_s = 0.0
-        self._room = kv_room
+        self._room = DEFAULT_ROOM if kv_room is None else kv_room
         self._probe: Probe | None = None
         check_model_file(model_path)
         if kv_policy is None:
@@ -133,12 +134,15 @@ class Llama(StatefulLlama):
         native.require()
         policy = get_policy(kv_policy)
         allocation = allocation_name(kv_allocation, policy)
-        check_settings(flash_attn, kwargs, kv_room)
+        on_devices = offloads(kwargs)
+        if kv_room is None and on_devices:
+            self._room = DEVICE_ROOM
+        check_settings(flash_attn, kwargs, self._room)
         check_observe(kv_observe, policy)
-        settings = session_settings(n_ctx, n_batch, kv_room, kwargs)
+        settings = session_settings(n_ctx, n_batch, self._room, kwargs)
         settings = settings.with_policy(policy, probe=kv_observe == "probe", allocation=allocation)
         if is_auto(kv_budget) and settings.evicts:
-            kv_budget = auto_budget(model_path, settings, offloads=offloads(kwargs))
+            kv_budget = auto_budget(model_path, settings, offloads=on_devices)
         if n_ctx > 0 and not isinstance(kv_budget, str):
             # Wrong settings are told before a model is loaded.
             budget_cells(kv_budget, n_ctx, 0, policy)
@@ -240,7 +244,7 @@ class Llama(StatefulLlama):
 
     @property
     def kv_room(self) -> int:
-        """Cells beyond ``kv_budget + n_batch``; see the constructor."""
+        """Cells beyond ``kv_budget + n_batch``, as they are here; see the constructor."""
         return self._room
 
     def kv_positions(self) -> native.I32:

@@ -27,6 +27,9 @@ from capkv_local.policies import Policy
 STEP = 256
 # Cells for the reply, so that generation does not evict at every token.
 DEFAULT_ROOM = 256
+# With layers on other devices, which read a batch faster than they score it: with a batch of 512,
+# scorings are as rare as with one of 2,048 (docs/gpu/cuda.md, Roofline).
+DEVICE_ROOM = 1792
 
 # Most cells that llama.cpp is asked about: it keeps a record of every one.
 _ASKED = 1 << 16
@@ -246,7 +249,8 @@ class Planner:
         30 are counted here. With all rows it is the reported figure (tests/model/test_planner.py).
 
         Scoring is counted from its graph: the attention of a block of the observed queries, once
-        as it is and once half summed, and the mask of all of them.
+        as it is and once half summed, and the mask of all of them. Or the leverage of all heads
+        at once: weights on both sides, and the scores while they are put together.
 
         What SmolLM2-135M took at its peak, beside weights and vocabulary, of what is planned for
         it, in MiB: with n_ctx 8192 and a budget of 1,024, after 2,500 tokens with a probe 115 of
@@ -266,7 +270,8 @@ class Planner:
         n_rows = max(cache.n_head * n_cells, cache.n_head // cache.n_head_kv * n_longest)
         attention = 6 * n_rows * min(n_queries, _BLOCK) + 2 * 4 * n_longest * n_queries
         vectors = 2 * 4 * n_cells * cache.n_head_kv * max(cache.n_embd_head_k, cache.n_embd_head_v)
-        return max(decode, attention, vectors) + rest
+        leverage = 5 * 4 * n_cells * cache.n_heads
+        return max(decode, attention, vectors, leverage) + rest
 
     def _graph(self, n_cells: int) -> int:
         """The decode graph alone; of many cells, only its mask is longer (f16)."""

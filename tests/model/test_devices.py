@@ -310,6 +310,54 @@ def test_the_cache_stays_here_if_asked(make: Make, load: Load, device: Place) ->
     check_split(load, make(tiny.gemma3), place)
 
 
+# -- how often scores are taken -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "room"),
+    [({}, 1792), ({"n_gpu_layers": 1}, 1792), ({"n_gpu_layers": 0}, 256), ({"kv_room": 64}, 64)],
+)
+def test_the_room_is_larger_with_layers_on_a_device(
+    make: Make, load: Load, device: Place, options: dict[str, Any], room: int
+) -> None:
+    settings = {name: value for name, value in SMALL.items() if name != "kv_room"}
+    llama = load(make(tiny.llama, **MODEL), **{**settings, **device.options, **options})
+    assert llama.kv_room == room
+    stats = llama.kv_stats()
+    assert stats.n_cells_max == 64 + 64 + room == llama._settings.n_cells(64)
+    llama.prefill(TOKENS[:2500])
+    evictions = llama.kv_stats().evictions
+    assert evictions == 1 if room == 1792 else evictions >= 2500 // (64 + room)
+
+
+def test_leverage_ops_of_all_heads_are_neighbours(
+    make: Make,
+    load: Load,
+    device: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Those of unequal length share launches where nothing reads a result in between."""
+    monkeypatch.setenv("GGML_SCHED_DEBUG", "2")
+    options = {**SMALL, **device.options, "verbose": True}
+    llama = load(make(tiny.llama, **MODEL), **options)
+    llama.prefill(TOKENS[:60])
+    kv = llama._cache.kv
+    kv.evict(keep(llama, ragged=True))
+    n_cells, info = kv.info().n_cells, kv.info()
+    n_heads = info.n_layer * info.n_head_kv
+    n_lengths = len({int(n) for n in (llama.kv_positions() >= 0).sum(-1).ravel()})
+    assert n_lengths > n_heads // 2  # so that hardly any share an op
+    capfd.readouterr()
+    kv.score(Stat.LEVERAGE_V, n_cells=n_cells, noise=1.0)
+    load(make(tiny.llama, **MODEL), **SMALL).close()  # quiet again
+    ops = [line for line in capfd.readouterr().err.splitlines() if line.startswith("node #")]
+    is_ours = ["LEVERAGE" in line for line in ops]
+    assert n_lengths <= sum(is_ours) <= n_heads
+    first = is_ours.index(True)
+    assert all(is_ours[first : first + sum(is_ours)])
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 

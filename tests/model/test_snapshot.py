@@ -90,10 +90,11 @@ def test_an_eviction_right_after_opening_keeps_the_same_cells(saved: Path) -> No
 
 
 def test_nothing_read_yet_is_saved_too(tmp_path: Path) -> None:
-    chat = DocumentChat(kv_budget=96, n_ctx=2048, kv_observe="tail")
+    chat = DocumentChat(kv_budget=96, n_ctx=2048, kv_observe="tail", kv_room=300)
     chat.save(tmp_path / "empty.capkv")
     again = DocumentChat.load(tmp_path / "empty.capkv")
     assert again.stats().n_tokens == 0
+    assert again.llama.kv_room == 300  # not the default of where it is opened
     assert answer(again) == answer(chat)
     again.close()
     chat.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from . import ggml, metal
@@ -23,3 +25,11 @@ def backend() -> metal.Metal:
         return metal.backend()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def simt_folder(built: None, request: pytest.FixtureRequest) -> Path:
+    """Where what :mod:`simt` compiles is kept from one run to the next."""
+    cache = request.config.cache
+    assert cache is not None
+    return cache.mkdir("simt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -23,15 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def folder(built: None, request: pytest.FixtureRequest) -> Path:
-    cache = request.config.cache
-    assert cache is not None
-    return cache.mkdir("simt")
-
-
-@pytest.fixture(scope="module")
-def kernel(folder: Path) -> Kernel:
-    return Kernel(simt.build(folder, simt.sources()))
+def kernel(simt_folder: Path) -> Kernel:
+    return Kernel(simt.build(simt_folder, simt.sources()))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +87,9 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(
         ("LEVERAGE_BLOCKS", "1"),  # few
     ],
 )
-def test_splits_are_only_splits(folder: Path, name: str, value: str) -> None:
-    variant = Kernel(simt.build(folder, _few_types(_defined(simt.sources(), name, value)), "-O1"))
+def test_splits_are_only_splits(simt_folder: Path, name: str, value: str) -> None:
+    texts = simt.only_types(simt.defined(simt.sources(), name, value), "F16")
+    variant = Kernel(simt.build(simt_folder, texts, "-O1"))
     cache = random_cache(6, 333, 3, 128, "F16")
     w = random_weights(7, 6, 333)
     got = variant.leverage_score(cache, "F16", 128, weights=w)
@@ -143,14 +136,14 @@ _BARRIER = "__syncthreads();"
 
 MISTAKES = {
     "last cell of a block": ("i < last ? leverage_weight", "i < last - 1 ? leverage_weight"),
-    "last block of cells": ("is < p.n_split; ++is", "is < p.n_split - 1; ++is"),
+    "last block of cells": ("is < n_split; ++is", "is < n_split - 1; ++is"),
     "one of four partial sums": ("(sum[2] + sum[3])", "sum[2]"),
-    "last step of a block": ("first + p.n_cells)", "first + p.n_cells - LEVERAGE_STEP)"),
-    "a cell too many": ("i0 + i < p.n_kv ? p.d : 0", "i0 + i <= p.n_kv ? p.d : 0"),
+    "last step of a block": ("first + h.n_cells)", "first + h.n_cells - LEVERAGE_STEP)"),
+    "a cell too many": ("i0 + i < n_kv ? p.d : 0", "i0 + i <= n_kv ? p.d : 0"),
     "a column too many": ("if (i0 < d) {", "if (i0 <= d) {"),
     "a column too few": ("if (i0 < d) {", "if (i0 < d - 2) {"),
     "weights on one side only": ("y[i][c.x] = wi*v.x;", "y[i][c.x] = v.x;"),
-    "weights of another head": ("leverage_weight(p, head, i)", "leverage_weight(p, 0, i)"),
+    "weights of another head": ("leverage_weights(h, blockIdx.y)", "leverage_weights(h, 0)"),
     "tile of the wrong row": ("i0, tr*LEVERAGE_TILE, x, y", "i0, tc*LEVERAGE_TILE, x, y"),
     "ridge": ("fmaxf(p.lambda, LEVERAGE_EPS*a)", "p.lambda"),
     "ridge on top of lambda": (
@@ -169,7 +162,7 @@ MISTAKES = {
     "mean over the group": ("(wi*norm[r])/p.n_group", "(wi*norm[r])"),
     "scores that are not finite": ("leverage_finite(wi*norm[r])", "wi*norm[r]"),
     "vectors from an array of floats": ("__align__(16) float z[", "float z["),
-    "a store behind the end": ("            if (i < p.n_kv) {\n                p.dst", "{p.dst"),
+    "a store behind the end": ("            if (i < n_kv) {\n                h.dst", "{h.dst"),
 }
 
 
@@ -178,51 +171,34 @@ def n_barriers() -> int:
     return simt.sources()[simt.KERNEL].count(_BARRIER)
 
 
-def test_the_unbroken_kernel_passes(folder: Path) -> None:
-    _probe(folder, _for_probe(simt.sources()))
+def test_the_unbroken_kernel_passes(simt_folder: Path) -> None:
+    _probe(simt_folder, _for_probe(simt.sources()))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_noticed(folder: Path, name: str) -> None:
+def test_a_mistake_is_noticed(simt_folder: Path, name: str) -> None:
     texts = _for_probe(simt.sources())
     before, after = MISTAKES[name]
     assert texts[simt.KERNEL].count(before) == 1, f"{before!r} is not in the kernel once"
     broken = texts | {simt.KERNEL: texts[simt.KERNEL].replace(before, after)}
     with pytest.raises((AssertionError, KernelError)):
-        _probe(folder, broken)
+        _probe(simt_folder, broken)
 
 
 @pytest.mark.parametrize("index", range(7))
-def test_a_missing_barrier_is_noticed(folder: Path, index: int, n_barriers: int) -> None:
+def test_a_missing_barrier_is_noticed(simt_folder: Path, index: int, n_barriers: int) -> None:
     assert n_barriers == 7  # one test for each
     texts = _for_probe(simt.sources())
     parts = texts[simt.KERNEL].split(_BARRIER)
     parts[index : index + 2] = ["".join(parts[index : index + 2])]
     broken = texts | {simt.KERNEL: _BARRIER.join(parts)}
     with pytest.raises((AssertionError, KernelError)):
-        _probe(folder, broken)
-
-
-def _defined(texts: dict[str, str], name: str, value: str) -> dict[str, str]:
-    """The sources with another value of a constant."""
-    text, n = re.subn(rf"(#define {name}\s+).*", rf"\g<1>{value}", texts[simt.KERNEL])
-    assert n == 1
-    return texts | {simt.KERNEL: text}
-
-
-def _few_types(texts: dict[str, str]) -> dict[str, str]:
-    """The sources for two cache types, which compile in a quarter of the time."""
-    pattern = (
-        r"        case GGML_TYPE_(?!F16|Q4_0)\w+:\n            leverage_score_cuda.*\n +break;\n"
-    )
-    text, n = re.subn(pattern, "", texts[simt.KERNEL])
-    assert n == len(CACHE_TYPES) - 2
-    return texts | {simt.KERNEL: text}
+        _probe(simt_folder, broken)
 
 
 def _for_probe(texts: dict[str, str]) -> dict[str, str]:
     # Blocks of two steps, so that few cells make enough of them.
-    return _few_types(_defined(texts, "LEVERAGE_MIN_CELLS", "64"))
+    return simt.only_types(simt.defined(texts, "LEVERAGE_MIN_CELLS", "64"), "F16", "Q4_0")
 
 
 def _probe(folder: Path, texts: dict[str, str]) -> None:

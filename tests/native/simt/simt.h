@@ -55,6 +55,7 @@ struct options {
 
 inline options     opt;
 inline std::string error;
+inline int         n_launches = 0;
 
 // ---- device memory
 
@@ -75,10 +76,14 @@ struct memory {
         }
     }
 
-    memory(const void * src, size_t n_bytes) : memory(n_bytes) {
-        memcpy(data, src, n_bytes);
-        const size_t page = sysconf(_SC_PAGESIZE);
-        mprotect(pages + page, size - 2*page, PROT_READ);
+    memory(const void * src, size_t n_bytes, bool is_writable = false) : memory(n_bytes) {
+        if (n_bytes > 0) {
+            memcpy(data, src, n_bytes);
+        }
+        if (!is_writable) {
+            const size_t page = sysconf(_SC_PAGESIZE);
+            mprotect(pages + page, size - 2*page, PROT_READ);
+        }
     }
 
     memory(const memory &) = delete;
@@ -262,6 +267,8 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
         error = "a launch beyond the limits of a device";
         return;
     }
+
+    n_launches++;
 
     gridDim  = grid;
     blockDim = block;
