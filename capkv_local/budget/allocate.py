@@ -78,13 +78,19 @@ def share_out(
     allocate = get_allocator(name)
     counts = np.array(n_always, dtype=np.int64)
     for pool in np.unique(pools):
-        layers = pools == pool
+        layers = _slice(np.flatnonzero(pools == pool))
         n_heads = n_always[layers].size
         total = budget * n_heads - int(n_always[layers].sum())
         least = int(floor * total / n_heads)
         within = _within(scores[layers], contested[layers], total)
         counts[layers] += allocate(scores[layers], within, total, least)
     return counts
+
+
+def _slice(indices: I64) -> slice | I64:
+    """Neighbours as a slice, which copies nothing: the layers of a device are neighbours."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
 def _within(scores: Scores, contested: Mask, total: int) -> Mask:
@@ -338,14 +344,47 @@ def _compete(scores: Scores, contested: Mask, totals: I64, floor: int) -> I64:
     -------
     int64 [n_group, n_head]
     """
-    n_group, n_head, n_cells = scores.shape
     floors = _fill(np.minimum(contested.sum(axis=-1, dtype=np.int64), floor), totals)
     rest = contested & ~top_cells(scores, contested, floors)
-    # Cell by cell, heads next to each other: later there means later cell, then later head.
-    flat = (n_group, n_cells * n_head)
-    won = top_cells(
-        scores.swapaxes(1, 2).reshape(flat),
-        rest.swapaxes(1, 2).reshape(flat),
-        totals - floors.sum(axis=-1),
+    won = [_won(*group) for group in zip(scores, rest, totals - floors.sum(axis=-1), strict=True)]
+    return floors + np.array(won, np.int64).reshape(floors.shape)
+
+
+def _won(scores: Scores, among: Mask, total: int) -> I64:
+    """Cells of each head among the best `total`; of equals the later cell, then the later head.
+
+    Nothing in between is as large as `scores` but one copy of them: with all heads of a model in
+    a group, and one of them long, that decides what budget fits.
+
+    Parameters
+    ----------
+    scores, among
+        [n_head, n_cells]
+    total
+        At most the cells in `among`.
+    """
+    available = among.sum(axis=-1, dtype=np.int64)
+    if total in (0, available.sum()):
+        return available if total else np.zeros_like(available)
+    values = scores[among]
+    values.partition(values.size - total)
+    cut = values[values.size - total]  # the smallest score that wins
+    del values
+    won = np.array(
+        [np.count_nonzero(row[mask] > cut) for row, mask in zip(scores, among, strict=True)],
+        np.int64,
     )
-    return np.asarray(floors + won.reshape(n_group, n_cells, n_head).sum(axis=1), np.int64)
+    missing = int(total - won.sum())  # of the cells that score `cut`
+    if missing == 0:
+        return won
+    n_equal = np.zeros(scores.shape[-1], np.int64)
+    for row, mask in zip(scores, among, strict=True):
+        n_equal += mask & (row == cut)
+    from_end = np.cumsum(n_equal[::-1])[::-1]
+    first = int(np.count_nonzero(from_end > missing))  # from this cell on, all of them win
+    at_edge = among[:, first - 1] & (scores[:, first - 1] == cut) if first else among[:, 0] & False
+    n_edge = missing - int(from_end[first]) if first < len(from_end) else missing
+    won[np.flatnonzero(at_edge)[::-1][:n_edge]] += 1
+    for head, (row, mask) in enumerate(zip(scores, among, strict=True)):
+        won[head] += np.count_nonzero(mask[first:] & (row[first:] == cut))
+    return won

@@ -101,10 +101,15 @@ def contested(held: Mask, *, n_sinks: int, n_recent: int, protected: Mask | None
     if n_sinks < 0 or n_recent < 0:
         raise BudgetError(f"n_sinks={n_sinks} and n_recent={n_recent} must be 0 or more.")
     held = np.asarray(held, bool)
-    rank = np.cumsum(held, axis=-1, dtype=np.int32)  # 1 for the first cell held
-    n_held = held.sum(axis=-1, keepdims=True)
-    middle: Mask = held & (rank > n_sinks) & (rank <= n_held - n_recent)
-    return middle if protected is None else middle & ~np.asarray(protected, bool)
+    middle = np.empty(held.shape, bool)
+    for index in np.ndindex(held.shape[:-2]):  # a layer; the ranks of all would be large
+        layer = held[index]
+        rank = np.cumsum(layer, axis=-1, dtype=np.int32)  # 1 for the first cell held
+        n_held = layer.sum(axis=-1, keepdims=True)
+        middle[index] = layer & (rank > n_sinks) & (rank <= n_held - n_recent)
+    if protected is not None:
+        middle &= ~np.asarray(protected, bool)
+    return middle
 
 
 def top_cells(scores: Scores, among: Mask, counts: Counts) -> Mask:
@@ -123,19 +128,19 @@ def top_cells(scores: Scores, among: Mask, counts: Counts) -> Mask:
     -------
     bool [..., n_cells]
     """
+    mask = np.zeros(scores.shape, bool)
     n = scores.shape[-1]
-    if n == 0:
-        return np.zeros(scores.shape, bool)
-    masked = np.where(among, scores, -np.inf)  # below every finite score
-    # Smallest score chosen. A count of 0 reads the largest instead, and then nothing is above
-    # it and none of its equals is missing.
-    first = np.minimum(n - counts, n - 1)[..., None]
-    cut = np.take_along_axis(np.sort(masked, axis=-1), first, axis=-1)
-    above = masked > cut
-    equal = masked == cut
-    missing = counts[..., None] - above.sum(axis=-1, keepdims=True)
-    rank_from_end = np.cumsum(equal[..., ::-1], axis=-1, dtype=np.int32)[..., ::-1]
-    mask: Mask = above | (equal & (rank_from_end <= missing))
+    for index in np.ndindex(mask.shape[:-1]):  # head by head: what is in between stays small
+        count = int(counts[index])
+        if count == 0:
+            continue
+        row = np.where(among[index], scores[index], -np.inf)  # below every finite score
+        cut = np.partition(row, n - count)[n - count]  # the smallest score chosen
+        chosen = mask[index]
+        np.greater(row, cut, out=chosen)
+        missing = count - np.count_nonzero(chosen)
+        equal = np.flatnonzero(row == cut)
+        chosen[equal[len(equal) - missing :]] = True
     return mask
 
 
@@ -158,7 +163,8 @@ def check_scores(scores: NDArray[Any], where: Mask) -> None:
             f"The policy returned scores of type {scores.dtype} and shape {scores.shape}: they "
             f"must be floats [n_layer, n_head_kv, n_cells], here {where.shape}."
         )
-    bad = where & ~np.isfinite(scores)
+    bad = ~np.isfinite(scores)
+    bad &= where
     if bad.any():
         layer, head, cell = (int(i) for i in np.argwhere(bad)[0])
         raise PolicyError(

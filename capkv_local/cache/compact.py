@@ -214,10 +214,13 @@ class CompactCache:
         if self.carried is None:
             return None
         held = self.kv.positions()[..., :n_cells] >= 0
-        number = held.cumsum(axis=-1) - 1  # of a cell in its head
-        known = held & (number < self.carried.shape[-1])
-        values = np.take_along_axis(self.carried, np.where(known, number, 0), axis=-1)
-        return np.where(known, values, np.float32(0))
+        out = np.zeros(held.shape, np.float32)
+        for layer, values, by_cell in zip(held, self.carried, out, strict=True):
+            number = layer.cumsum(axis=-1) - 1  # of a cell in its head
+            known = layer & (number < values.shape[-1])
+            heads, _ = np.nonzero(known)
+            by_cell[known] = values[heads, number[known]]
+        return out
 
     def stats(self, *, n_tokens: int, n_ctx: int, t_decode_s: float) -> KVCacheStats:
         info = self.kv.info()
@@ -251,5 +254,6 @@ def _move(values: F32, keep: Mask) -> F32:
     counts = keep.sum(axis=-1, keepdims=True)  # [n_layer, n_head_kv, 1]
     n_cells = int(counts.max())
     moved = np.zeros((*keep.shape[:2], n_cells), dtype=np.float32)
-    moved[np.arange(n_cells) < counts] = values[keep]
+    for layer, mask in enumerate(keep):
+        moved[layer][np.arange(n_cells) < counts[layer]] = values[layer][mask]
     return moved

@@ -228,13 +228,14 @@ class StreamingLlama(PlacedLlama):
         if observers.question:
             self._decode_scratch(cache, observers.question)
         n_cells = cache.kv.info().n_cells - n_question
-        known = {} if remember is None else remember
 
         def repeat(reduce: Reduce) -> F32:
             assert probe is not None
-            if reduce not in known:
-                known[reduce] = self._repeat(cache, probe, n_cells, reduce)
-            return known[reduce].copy()
+            if remember is None:
+                return self._repeat(cache, probe, n_cells, reduce)
+            if reduce not in remember:
+                remember[reduce] = self._repeat(cache, probe, n_cells, reduce)
+            return remember[reduce].copy()
 
         self._wait()
         t_decode_s = self._t_decode_s
@@ -273,9 +274,15 @@ class StreamingLlama(PlacedLlama):
         info = cache.kv.info()
         out = np.zeros((info.n_layer, info.n_head_kv, n_cells), np.float32)
         new = self.input_ids[: self.n_tokens].tolist()
-        for piece, n_queries in probe.pieces(new, cache.n_repeated):
-            try:
-                self._decode_scratch(cache, piece)
+        # Every piece stands behind the same prompt, whose cells stay from one to the next. Not with
+        # sliding windows: a second batch behind the text takes cells that they still need.
+        n_prompt = 0 if self._window_cells() else len(probe.prompt)
+        n_there = 0
+        try:
+            for piece, n_queries in probe.pieces(new, cache.n_repeated):
+                self._ctx.kv_cache_seq_rm(-1, self.n_tokens + n_there, -1)
+                self._decode_scratch(cache, piece[n_there:], n_there)
+                n_there = n_prompt
                 attention = cache.kv.score(
                     ATTENTION[reduce],
                     # The softmax goes over the piece, too: what it finds in itself, it does not
@@ -285,23 +292,28 @@ class StreamingLlama(PlacedLlama):
                     stride=probe.stride,
                     per_head=reduce == "max",
                 )[..., :n_cells]
-            finally:
-                self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-            if reduce == "max":
-                grouped = attention.reshape(info.n_layer, info.n_head_kv, -1, n_cells)
-                np.maximum(out, grouped.max(axis=2), out=out)
-            else:
-                out += attention * n_queries
+                if reduce == "max":
+                    grouped = attention.reshape(info.n_layer, info.n_head_kv, -1, n_cells)
+                    np.maximum(out, grouped.max(axis=2), out=out)
+                else:
+                    attention *= n_queries
+                    out += attention
+                del attention
+        finally:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         return out
 
-    def _decode_scratch(self, cache: CompactCache, tokens: list[int]) -> None:
-        """Decode tokens behind the text for their queries only; the caller takes them back."""
+    def _decode_scratch(self, cache: CompactCache, tokens: list[int], n_before: int = 0) -> None:
+        """Decode tokens for their queries only, behind the text and ``n_before`` such tokens.
+
+        The caller takes them back.
+        """
         cache.pause_mean(True)
         try:
             for i in range(0, len(tokens), self.n_batch):
                 self._batch.set_batch(
                     batch=tokens[i : i + self.n_batch],
-                    n_past=self.n_tokens + i,
+                    n_past=self.n_tokens + n_before + i,
                     logits_all=False,
                 )
                 # No logits are wanted, and the output matrix is a good part of a small model.

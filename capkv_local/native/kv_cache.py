@@ -172,7 +172,8 @@ class KVCache:
         """
         n_keep = np.ascontiguousarray(keep.sum(axis=-1), dtype=np.uint32)
         # nonzero walks heads and cells in order: the lists of the heads, one behind the other.
-        cells = np.ascontiguousarray(np.nonzero(keep)[-1], dtype=np.int32)
+        lists = [np.nonzero(layer)[-1].astype(np.int32) for layer in keep]
+        cells = np.concatenate(lists, dtype=np.int32)
         expected = self.info()
         if keep.shape != (expected.n_layer, expected.n_head_kv, expected.n_cells):
             raise NativeError(

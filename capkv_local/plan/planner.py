@@ -35,9 +35,12 @@ DEVICE_ROOM = 1792
 _ASKED = 1 << 16
 # Queries whose attention is scored at once, as in llama-kv-score.cpp.
 _BLOCK = 64
-# Bytes of numpy arrays per head and cell of the longest head while a policy decides: 58 to 66 on
-# SmolLM2-135M with a probe, at 1,792 to 4,859 cells (tracemalloc).
-_BYTES_DECIDING = 70
+# Bytes of numpy arrays while a policy decides, per cell of the longest head: for every head, for
+# the heads of the layer that is being worked on, and for query heads if their mean is observed.
+# tests/unit/test_layerwise.py measures them.
+_BYTES_DECIDING = 32
+_BYTES_LAYER = 50
+_BYTES_QUERY_HEAD = 34
 # Nodes of the graphs, work memory of threads, the text as tokens: 10 to 20 MiB there.
 _BOOKKEEPING = 24 << 20
 
@@ -283,7 +286,11 @@ class Planner:
         """Arrays of the policy; all are as long as the longest head."""
         if not self.settings.evicts:
             return 0
-        return self._longest(n_cells) * self.cache.n_heads * _BYTES_DECIDING
+        cache = self.cache
+        n_bytes = cache.n_heads * _BYTES_DECIDING + cache.n_head_kv * _BYTES_LAYER
+        if self.settings.mean_query:
+            n_bytes += cache.n_layer * cache.n_head * _BYTES_QUERY_HEAD
+        return self._longest(n_cells) * n_bytes
 
     def _longest(self, n_cells: int) -> int:
         """Most cells that one head can come to hold while all together hold ``n_cells`` each."""

@@ -317,6 +317,8 @@ def pool_cells(x: NDArray[Any], kernel: int, *, kind: Literal["mean", "max"] = "
     """
     if kernel == 1:
         return np.asarray(x, np.float32)
+    if x.ndim > 2:  # layer by layer: what is in between is in float64
+        return np.stack([pool_cells(layer, kernel, kind=kind) for layer in x])
     half, n = kernel // 2, x.shape[-1]
     padded = np.pad(x.astype(np.float64), [(0, 0)] * (x.ndim - 1) + [(half, half)])
     pooled = padded[..., :n].copy()
@@ -359,11 +361,12 @@ def above_all(scores: NDArray[Any], cells: NDArray[np.bool_] | slice) -> F32:
         Mask of the shape of `scores`, or a slice of the last axis.
     """
     out = np.array(scores, np.float32)
-    mask = np.zeros(out.shape, bool)
-    if isinstance(cells, slice):
-        mask[..., cells] = True
-    else:
-        mask |= cells
-    rest = np.where(mask, -np.inf, out).max(axis=(1, 2), keepdims=True)
-    top = np.where(np.isfinite(rest), rest, 0.0) + 1.0
-    return np.where(mask, top, out).astype(np.float32)
+    for index, layer in enumerate(out):
+        mask = np.zeros(layer.shape, bool)
+        if isinstance(cells, slice):
+            mask[..., cells] = True
+        else:
+            mask |= cells[index]
+        rest = np.where(mask, np.float32(-np.inf), layer).max()
+        layer[mask] = (rest if np.isfinite(rest) else np.float32(0)) + np.float32(1)
+    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -129,61 +129,102 @@ class CapKV(BasePolicy):
         if repeated is None:
             score = self._from_window(stats, open_)
         else:
+            if stats.carried is not None:
+                repeated = repeated + stats.carried
             score = self._from_probe(stats, open_, repeated)
         return above_all(score, held & ~open_)
+
+    # Both go layer by layer: what all layers have at once decides, beside the cells, what budget
+    # fits into memory (capkv_local/plan/planner.py counts it).
 
     def _from_window(self, stats: KVStats, open_: Mask) -> F32:
         relevance = self._relevance(stats, open_)  # [n_layer, n_head_kv, n_cells]
         stats.carry(np.where(in_window(stats), np.float32(0), relevance))
-        relevance = relevance + self.consensus * _consensus(stats.positions, relevance)
-        return self._capacity(stats, relevance, self.noise)
+        others = _consensus(stats.positions, relevance)
+        others *= self.consensus
+        relevance += others
+        del others
+        return self._capacity(stats, lambda layer: relevance[layer], self.noise)
 
     def _from_probe(self, stats: KVStats, open_: Mask, repeated: F32) -> F32:
-        if stats.carried is not None:
-            repeated = repeated + stats.carried
         stats.carry(repeated)
-        own = np.where(open_, repeated, np.float32(0))
-        shared = _pooled(_mean_over_heads(stats.positions, own), open_, self.probe_pool)
-        lists, shares = [own, shared], [self.probe_own, self.probe_consensus]
+
+        def own(layer: int) -> F32:
+            return np.where(open_[layer], repeated[layer], np.float32(0))
+
+        capacity = self._capacity(stats, own, self.probe_noise)
+        shares = [self.probe_own, self.probe_consensus]
+        tail = None
         if not stats.more or sum(shares) == 0:
-            lists.append(_pooled(stats.window_attention(reduce="mean"), open_, self.pool))
+            tail = stats.window_attention(reduce="mean")
             shares.append(self.probe_tail)
-        order = _in_turn(lists, shares, open_)
-        return _in_order_of(order, self._capacity(stats, own, self.probe_noise), open_)
+        by_token = _sum_by_token(stats.positions, own)
+        for layer, mask in enumerate(open_):
+            shared = _mean_over_heads(by_token, stats.positions[layer], mask.shape[0] * len(open_))
+            lists = [own(layer), _pooled(shared, mask, self.probe_pool)]
+            if tail is not None:
+                lists.append(_pooled(tail[layer], mask, self.pool))
+            order = _in_turn(lists, shares, mask)
+            capacity[layer] = _in_order_of(order, capacity[layer], mask)
+        return capacity
 
-    def _capacity(self, stats: KVStats, relevance: F32, noise: float) -> F32:
-        """Leverage of vectors of length 1 under these weights."""
+    def _capacity(self, stats: KVStats, relevance: Callable[[int], F32], noise: float) -> F32:
+        """Leverage of vectors of length 1 under the weights that each layer is given."""
         norm = stats.value_norm() if self.u == "value" else stats.key_norm()
-        square = norm.astype(np.float64) ** 2
-        # Vectors of length 1 are a matter of the weights; a vector of 0 has no direction.
-        weights = np.divide(relevance, square, out=np.zeros_like(square), where=square > 0)
-        # Leverage depends on weight / noise alone.
-        return stats.leverage(self.u, (weights / noise).astype(np.float32), noise=1.0)
+        weights = np.empty(norm.shape, np.float32)
+        for layer, length in enumerate(norm):
+            square = length.astype(np.float64) ** 2
+            # Vectors of length 1 are a matter of the weights; a vector of 0 has no direction.
+            weight = np.divide(
+                relevance(layer), square, out=np.zeros_like(square), where=square > 0
+            )
+            # Leverage depends on weight / noise alone.
+            weights[layer] = weight / noise
+        del norm, length  # a view of it
+        return stats.leverage(self.u, weights, noise=1.0)
 
-    def _relevance(self, stats: KVStats, open_: NDArray[np.bool_]) -> F32:
+    def _relevance(self, stats: KVStats, open_: Mask) -> F32:
         """Pooled second moment or what was carried, whichever is larger; 0 outside `open_`."""
         attention = stats.window_attention(reduce="second_moment")
-        relevance = _pooled(attention, open_, self.pool)
-        if stats.carried is not None:
-            relevance = np.maximum(relevance, np.where(open_, stats.carried, np.float32(0)))
+        relevance = np.empty(open_.shape, np.float32)
+        for layer, mask in enumerate(open_):
+            relevance[layer] = _pooled(attention[layer], mask, self.pool)
+            if stats.carried is not None:
+                carried = np.where(mask, stats.carried[layer], np.float32(0))
+                np.maximum(relevance[layer], carried, out=relevance[layer])
         return relevance
 
 
 def _pooled(x: F32, open_: Mask, kernel: int) -> F32:
-    """Average over neighbouring contested cells, 0 outside them."""
-    if (open_ == open_[:1, :1]).all():  # the usual case, and much less to pool
-        open_ = open_[:1, :1]
+    """Average over neighbouring contested cells of one layer, 0 outside them."""
+    if (open_ == open_[:1]).all():  # the usual case, and much less to pool
+        open_ = open_[:1]
     weight = open_.astype(np.float32)
     # Near the ends the pool sees fewer contested cells: average over those alone.
     share = np.maximum(pool_cells(weight, kernel), np.float32(1.0 / kernel))
     return np.asarray(pool_cells(x * weight, kernel) / share * weight, np.float32)
 
 
-def _mean_over_heads(positions: NDArray[np.int32], x: F32) -> F32:
-    """Mean over all heads of what the token in each cell has; 0 where a head gave it up."""
-    # Cells that a head does not hold have position -1 and relevance 0.
-    by_token = np.bincount(positions.ravel() + 1, weights=x.ravel())
-    return np.asarray(by_token[positions + 1] / (x.shape[0] * x.shape[1]), np.float32)
+def _sum_by_token(
+    positions: NDArray[np.int32], values: Callable[[int], NDArray[np.floating[Any]]]
+) -> NDArray[np.float64]:
+    """Sum over all heads of what the token at each position has, behind one entry for none.
+
+    ``values`` gives those of a layer, [n_head_kv, n_cells].
+    """
+    by_token = np.zeros(int(positions.max(initial=-1)) + 2)
+    for layer, where in enumerate(positions):
+        for head, row in zip(where, values(layer), strict=True):
+            held = head >= 0  # a head holds a token once
+            by_token[head[held] + 1] += row[held]
+    return by_token
+
+
+def _mean_over_heads(
+    by_token: NDArray[np.float64], positions: NDArray[np.int32], n_heads: int
+) -> F32:
+    """Mean of what the token in each cell of a layer has; 0 where a head gave it up."""
+    return np.asarray(by_token[positions + 1] / n_heads, np.float32)
 
 
 def _in_turn(lists: Sequence[F32], shares: Sequence[float], open_: Mask) -> NDArray[np.float64]:
@@ -194,7 +235,7 @@ def _in_turn(lists: Sequence[F32], shares: Sequence[float], open_: Mask) -> NDAr
     Parameters
     ----------
     lists
-        Each [n_layer, n_head_kv, n_cells], higher means earlier.
+        Each [..., n_cells], higher means earlier.
     shares
         One per list, not negative, their sum above 0.
 
@@ -245,5 +286,14 @@ def _consensus(positions: NDArray[np.int32], relevance: F32) -> F32:
         relevance of the head; a head that gave the token up counts as 0.
     """
     total = relevance.sum(axis=-1, keepdims=True, dtype=np.float64)
-    share = relevance / np.maximum(total, np.finfo(np.float64).tiny)
-    return np.asarray(_mean_over_heads(positions, share) * total, np.float32)
+    least = np.finfo(np.float64).tiny
+
+    def share(layer: int) -> NDArray[np.float64]:
+        return np.asarray(relevance[layer] / np.maximum(total[layer], least))
+
+    by_token = _sum_by_token(positions, share)
+    out = np.empty(relevance.shape, np.float32)
+    n_heads = relevance.shape[0] * relevance.shape[1]
+    for layer, where in enumerate(positions):
+        out[layer] = _mean_over_heads(by_token, where, n_heads) * total[layer]
+    return out

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
+from capkv_local import Llama
 from capkv_local.evaluate import reference
 from capkv_local.native import Stat
-from tests.model import oracle
+from tests.model import oracle, tiny
 from tests.model.capture import Session, hadamard
 
-N_WINDOW, N_SKIP = 64, 4
-CHUNKS = (100, 1, 37, 1, 80, 1, 1, 63, 16)  # the ring of 64 wraps within and between them
+N_WINDOW, N_SKIP = 150, 4  # more queries than are computed at once
+CHUNKS = (100, 1, 37, 1, 80, 1, 1, 63, 16)  # the ring wraps within and between them
 N_KEEP = 150
 CHUNKS_AFTER = (1, 23, 16)
 N_AFTER = sum(CHUNKS_AFTER)
@@ -299,3 +300,22 @@ def test_captured_queries_are_those_before_and_after_rope(case: Case) -> None:
     turned = reference.rotate(before, np.cos(angles), np.sin(angles), interleaved=True)
     # Angles of 300 radians are exact to 3e-5 in float32, queries reach 20.
     np.testing.assert_allclose(after, turned, rtol=0, atol=1e-3)
+
+
+def test_the_last_head_of_a_full_cache(tmp_path: Path) -> None:
+    """Products take some rows behind the cells along, and there it has none."""
+    path = tiny.llama(tmp_path / "tiny.gguf", head_dim=64, n_head=6, n_head_kv=3)
+    tokens = np.random.default_rng(3).integers(0, tiny.N_VOCAB, 201).tolist()
+    scores = []
+    for room in (37, 101):  # 201 cells, all of them used, and more
+        options: dict[str, Any] = {"n_ctx": 512, "n_batch": 64, "kv_room": room, "kv_budget": 100}
+        llama = Llama(path, **options, kv_policy="snapkv", n_threads=1, verbose=False)
+        kv = llama._require_cache().kv
+        kv.observe(150)
+        for i in range(0, len(tokens), 64):
+            llama._decode_chunk(tokens[i : i + 64])
+        assert kv.info().n_free == room - 37
+        scores.append(kv.score(Stat.ATTN_SQR, n_cells=len(tokens)))
+        llama.close()
+    # Products of other shapes sum up in another order.
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-12)

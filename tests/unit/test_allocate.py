@@ -486,7 +486,8 @@ def test_every_pool_keeps_to_its_own_budget(name: str) -> None:
 # --- the longest head -------------------------------------------------------------------------
 
 
-@settings(max_examples=30)  # lengths at which the limit begins take arrays of a million
+# Lengths at which the limit begins take arrays of a million; a loaded machine is no fault.
+@settings(max_examples=30, deadline=None)
 @given(
     held=st.lists(st.integers(0, 60), min_size=1, max_size=12),
     budget=st.integers(1, 40),
