@@ -105,7 +105,9 @@ class AtOnce(CapKV):
         own = np.where(open_, repeated, np.float32(0))
         shared = pooled(mean_over_heads(stats.positions, own), open_, self.probe_pool)
         tail = pooled(stats.window_attention(reduce="mean"), open_, self.pool)
-        order = _in_turn((own, shared, tail), (self.probe_own, self.probe_consensus, self.probe_tail), open_)
+        order = _in_turn(
+            (own, shared, tail), (self.probe_own, self.probe_consensus, self.probe_tail), open_
+        )
         capacity = self.weighed(stats, own, self.probe_noise)
         return above_all(_in_order_of(order, capacity, open_), held & ~open_)
 

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "citations": {"native", "policies", "cache", "llama", "documents"},
     "snapshot": {"native", "models", "budget", "llama", "documents"},
     "chat": {
-        *("native", "models", "devices", "policies", "cache", "plan", "llama"),
+        *("native", "models", "devices", "policies", "cache", "llama"),
         *("documents", "citations", "snapshot"),
     },
     "inspect": {"native", "cache", "plan", "llama", "documents", "chat"},
