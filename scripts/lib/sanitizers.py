@@ -25,6 +25,9 @@ TESTS = (
 )
 """What calls all of the native interface, on the real model and over RPC."""
 
+# The shadow memory of AddressSanitizer is larger than any limit of an address space.
+_NOT_HERE = "tests/model/test_rpc.py::test_a_server_without_the_memory_goes_on"
+
 _FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined"
 CMAKE_ARGS = (
     "-DCMAKE_BUILD_TYPE=Debug",
@@ -60,6 +63,7 @@ def check_sanitizers(tests: Sequence[str], jobs: int | None) -> int:
         started = time.monotonic()
         print(f"== {test}", flush=True)
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["--deselect", _NOT_HERE]
         if subprocess.run([*command, test], cwd=ROOT, env=env, check=False).returncode != 0:
             failed.append(test)
         print(f"[{time.monotonic() - started:.0f} s]", flush=True)
