@@ -15,6 +15,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .checks import (
@@ -94,14 +95,14 @@ def check_gpu(plan: Plan) -> int:
     report.about = _about(environment)
     steps = _Steps(plan, environment)
     names = _found(steps, report)
-    todo: list[tuple[str, Callable[[], Section]]] = [
-        *((f"operators on {name}", lambda name=name: steps.operators(name)) for name in names)
-    ]
+    todo: list[tuple[str, Callable[[], Section]]] = []
+    for name in names:
+        todo.append((f"operators on {name}", partial(steps.operators, name)))
+        if timed:
+            todo.append((f"speed on {name}", partial(steps.speed, name)))
     if names:
-        todo.append(("operators against float64", lambda: steps.tests(*OPERATOR_TESTS)))
-    if timed:
-        todo += [(f"speed on {name}", lambda name=name: steps.speed(name)) for name in names]
-    todo.append(("cache on the device", lambda: steps.tests(*plan.device_tests())))
+        todo.append(("operators against float64", partial(steps.tests, *OPERATOR_TESTS)))
+    todo.append(("cache on the device", partial(steps.tests, *plan.device_tests())))
     if timed:
         todo.append(("benchmark", steps.benchmark))
     for title, step in todo:

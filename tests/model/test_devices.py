@@ -209,7 +209,7 @@ def test_a_text_streams_through_a_small_cache(
     assert len(ties) >= 2
     close(logits(other), logits(cpu), device.drift)
     stats = other.kv_stats()
-    # On a device, heads begin at aligned addresses: at rows that divide by 32 for blocks of 34 bytes.
+    # On a device, heads begin at aligned addresses: every 32nd row of 34 bytes.
     assert stats.n_cells == 64
     assert 0 <= stats.kv_bytes - cpu.kv_stats().kv_bytes <= 31 / 128 * stats.kv_bytes
 
