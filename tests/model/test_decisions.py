@@ -24,7 +24,7 @@ from tests.model.device import Places
 
 FACT, ANSWER = "The access code of the harbour gate is", " 48213"
 N_WORDS = 170
-MAX_KL = 0.05
+MAX_KL = 0.02
 OPTIONS: dict[str, Any] = {
     **{"n_ctx": 2048, "n_batch": 64, "kv_budget": 96, "kv_room": 32, "verbose": False},
     **{"n_threads": 1, "n_threads_batch": 1},  # two wait for each other where a driver needs both
@@ -121,6 +121,6 @@ def test_decisions(
         f"from the same cells: KL {kl.mean():.1e} on average, {kl.max():.1e} at most; "
         f"log-probability of the answer {said[0]:.2f} on the CPU, {said[1]:.2f} on the device"
     )
-    # The CPU rounds activations to 8 bits where weights are quantised, a GPU does not: that alone
-    # is KL 1e-2 (docs/gpu/vulkan.md). A head that attends to wrong rows is far beyond.
+    # The CPU rounds activations to 8 bits where weights are quantised, a GPU does not: KL 5e-3. If
+    # one cell in a hundred is another one, it is 7e-2 (docs/gpu/vulkan.md).
     assert kl.mean() < MAX_KL
