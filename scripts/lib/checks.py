@@ -30,7 +30,12 @@ OPERATOR_TESTS = ("tests/native/test_leverage_op.py",)
 DECISION_TESTS = ("tests/model/test_decisions.py",)
 """The real model on that device, eviction by eviction, against the CPU."""
 
-DEVICE_TESTS = (*DECISION_TESTS, "tests/model/test_devices.py", "tests/e2e/test_devices.py")
+DEVICE_TESTS = (
+    *DECISION_TESTS,
+    "tests/model/test_device_graph.py",
+    "tests/model/test_devices.py",
+    "tests/e2e/test_devices.py",
+)
 """The cache in the memory of that device, against the CPU."""
 
 
