@@ -24,7 +24,18 @@ _TAIL_LINES = 40
 DEVICE_VARIABLE = "CAPKV_TEST_DEVICE"
 """Says on which device tests run that run on any."""
 
-DEVICE_TESTS = ("tests/model/test_devices.py", "tests/e2e/test_devices.py")
+OPERATOR_TESTS = ("tests/native/test_leverage_op.py",)
+"""The operators on that device, against float64."""
+
+DECISION_TESTS = ("tests/model/test_decisions.py",)
+"""The real model on that device, eviction by eviction, against the CPU."""
+
+DEVICE_TESTS = (
+    *DECISION_TESTS,
+    "tests/model/test_device_graph.py",
+    "tests/model/test_devices.py",
+    "tests/e2e/test_devices.py",
+)
 """The cache in the memory of that device, against the CPU."""
 
 

@@ -15,12 +15,21 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from .checks import DEVICE_TESTS, DEVICE_VARIABLE, passed_on, run_op_tests, run_python
+from .checks import (
+    DECISION_TESTS,
+    DEVICE_TESTS,
+    DEVICE_VARIABLE,
+    OPERATOR_TESTS,
+    passed_on,
+    run_op_tests,
+    run_python,
+)
 from .config import ROOT, cache_root
 from .errors import SetupError
-from .gpu_detect import gpus, toolchain
+from .gpu_detect import gpus, toolchain, vulkan
 from .gpu_report import Report, Section, benchmark_table, device_table
 from .setup import Environment, ensure
 
@@ -40,6 +49,7 @@ class Plan:
     """What was asked for; None where it depends."""
 
     rpc: str | None = None  # "rpc" for a server of our own
+    vulkan: bool = False
     model: Path | None = None
     tokens: int | None = None
     budget: int | None = None
@@ -55,6 +65,10 @@ class Plan:
         sizes = ["--tokens", str(self.tokens or tokens), "--budget", str(self.budget or budget)]
         return [*sizes, *(["--rounds", "2"] if self.quick else [])]
 
+    def device_tests(self) -> tuple[str, ...]:
+        """Return the tests of the cache on the device."""
+        return DECISION_TESTS if self.quick else DEVICE_TESTS
+
 
 def check_gpu(plan: Plan) -> int:
     """Run everything and write the report; return 0 if all passed, else 1.
@@ -65,8 +79,10 @@ def check_gpu(plan: Plan) -> int:
         There is nothing to check on, or it does not build.
     """
     report = Report(title=f"check-gpu, {datetime.date.today()}, {platform.node()}")
+    timed = True
     if plan.rpc is None:
-        tools = toolchain()
+        tools = vulkan() if plan.vulkan else toolchain()
+        timed = tools.timed
         os.environ.update(tools.env)
         os.environ["CMAKE_ARGS"] = shlex.join(tools.args)
         print(f"== build for {tools.name} ({tools.found}): {shlex.join(tools.args) or 'as it is'}")
@@ -79,12 +95,16 @@ def check_gpu(plan: Plan) -> int:
     report.about = _about(environment)
     steps = _Steps(plan, environment)
     names = _found(steps, report)
-    todo: list[tuple[str, Callable[[], Section]]] = [
-        *((f"operators on {name}", lambda name=name: steps.operators(name)) for name in names),
-        *((f"speed on {name}", lambda name=name: steps.speed(name)) for name in names),
-        ("tests with the cache on the device", steps.tests),
-        ("benchmark", steps.benchmark),
-    ]
+    todo: list[tuple[str, Callable[[], Section]]] = []
+    for name in names:
+        todo.append((f"operators on {name}", partial(steps.operators, name)))
+        if timed:
+            todo.append((f"speed on {name}", partial(steps.speed, name)))
+    if names:
+        todo.append(("operators against float64", partial(steps.tests, *OPERATOR_TESTS)))
+    todo.append(("cache on the device", partial(steps.tests, *plan.device_tests())))
+    if timed:
+        todo.append(("benchmark", steps.benchmark))
     for title, step in todo:
         report.sections.append(_run(title, step))
     path = (
@@ -125,8 +145,7 @@ def _found(steps: _Steps, report: Report) -> list[str]:
     if steps.plan.rpc is None and not names:
         raise SetupError(
             f"llama.cpp was built for {report.built_for} and sees no GPU, only the devices above: "
-            "is its driver loaded, and may you use it? (Vulkan in software: set "
-            "GGML_VK_VISIBLE_DEVICES=0)"
+            "is its driver loaded, and may you use it? (Vulkan in software: --vulkan)"
         )
     return [] if steps.plan.rpc else names
 
@@ -185,15 +204,15 @@ class _Steps:
             ok=True,
         )
 
-    def tests(self) -> Section:
-        """The cache in the memory of the device, against the CPU."""
+    def tests(self, *names: str) -> Section:
+        """What tests find on the device."""
         where = self.plan.rpc or "gpu"
         with tempfile.TemporaryDirectory() as folder:
             results = Path(folder) / "results.xml"
             options = ["-q", "-ra", f"--junitxml={results}", "-o", "junit_logging=system-out"]
             failure = ""
             try:
-                self._python("-m", "pytest", *DEVICE_TESTS, *options, env={DEVICE_VARIABLE: where})
+                self._python("-m", "pytest", *names, *options, env={DEVICE_VARIABLE: where})
             except SetupError as error:
                 failure = str(error)
             if not results.is_file():
@@ -204,7 +223,7 @@ class _Steps:
         n_passed = n["tests"] - n["failures"] - n["errors"] - n["skipped"]
         said = f"{n_passed} of {n['tests']} tests pass, {n['skipped']} skipped"
         return Section(
-            command=f"{DEVICE_VARIABLE}={where} scripts/test {' '.join(DEVICE_TESTS)}",
+            command=f"{DEVICE_VARIABLE}={where} scripts/test {' '.join(names)}",
             said=said + (f"\n{failure}" if failure else ""),
             block=_ties(suite),
             ok=not failure and n_passed > 0,

@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import SetupError
 from .keys import cmake_args
 from .tools import first_line
+from .vulkan import VISIBLE, find_driver
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Toolchain:
     args: tuple[str, ...]
     found: str
     env: dict[str, str] = field(default_factory=dict)
+    timed: bool = True  # a driver in software proves everything, but its speed says nothing
 
 
 # Files by which a driver shows that there is a GPU; /dev/dxg is that of Windows below WSL.
@@ -63,9 +65,23 @@ def toolchain(
     raise SetupError(
         f"{here}: install CUDA (nvcc), ROCm (hipcc) or Vulkan's compiler and headers (Debian, "
         "Ubuntu: sudo apt-get install glslc libvulkan-dev spirv-headers) with the driver; set "
-        "CMAKE_ARGS to build for something all the same; or go the way that needs no GPU: "
-        "scripts/check-gpu --rpc"
+        "CMAKE_ARGS to build for something all the same; or go a way that needs no GPU: "
+        "scripts/check-gpu --vulkan (a driver in software), scripts/check-gpu --rpc"
     )
+
+
+def vulkan(env: Mapping[str, str] = os.environ) -> Toolchain:
+    """Return Vulkan, on whatever device its driver shows, in software where there is no GPU.
+
+    Raises
+    ------
+    SetupError
+        See :func:`.vulkan.require_driver`.
+    """
+    driver = find_driver(env)
+    visible = {VISIBLE: env.get(VISIBLE, "0")}
+    args = (*cmake_args(env), "-DGGML_VULKAN=ON")
+    return Toolchain("Vulkan", args, driver.said, visible, timed=not driver.software)
 
 
 def _hip(hipconfig: str, env: Mapping[str, str]) -> dict[str, str]:

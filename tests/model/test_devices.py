@@ -17,7 +17,7 @@ from capkv_local import BudgetError, Llama, UnsupportedModel, native
 from capkv_local.native import Stat
 from capkv_local.native import cache_type as cache_type_number
 from tests.model import near_ties, oracle, tiny
-from tests.model.conftest import TEXT, Load, Make, observe_of
+from tests.model.conftest import Load, Make, observe_of
 from tests.model.device import Place, Places
 
 Array = np.ndarray[Any, Any]
@@ -209,19 +209,9 @@ def test_a_text_streams_through_a_small_cache(
     assert len(ties) >= 2
     close(logits(other), logits(cpu), device.drift)
     stats = other.kv_stats()
-    assert stats.n_cells == 64 and stats.kv_bytes == cpu.kv_stats().kv_bytes
-
-
-def test_the_real_model(load: Load, device: Place, model_path: Path) -> None:
-    """700 tokens of a real text, and weights in a quantised type."""
-    options = {"n_ctx": 2048, "n_batch": 256, "kv_budget": 256, "kv_room": 64, **QUIET}
-    cpu = load(model_path, **options)
-    other = load(model_path, **options, **device.options)
-    tokens = cpu.tokenize(TEXT.read_bytes(), add_bos=False)[:700]
-    ties = near_ties.in_step(cpu, other, tokens)
-    print(near_ties.check(ties, max(near_ties.RTOL, device.drift)))
-    assert len(ties) >= 2
-    close(logits(other), logits(cpu), device.drift)
+    # On a device, heads begin at aligned addresses: every 32nd row of 34 bytes.
+    assert stats.n_cells == 64
+    assert 0 <= stats.kv_bytes - cpu.kv_stats().kv_bytes <= 31 / 128 * stats.kv_bytes
 
 
 # -- what is saved -------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.checks import OPERATOR_TESTS
+from lib.config import ROOT
 from lib.errors import SetupError
 from lib.gpu_check import Plan, _ties
 from lib.gpu_detect import toolchain
@@ -70,7 +72,7 @@ def args(
 def test_nothing_to_build_for(
     tmp_path: Path, programs: list[str], devices: list[str], reason: str
 ) -> None:
-    with pytest.raises(SetupError, match=rf"{reason}.*check-gpu --rpc"):
+    with pytest.raises(SetupError, match=rf"{reason}.*check-gpu --vulkan .*--rpc"):
         toolchain(*args(tmp_path, programs, devices))
 
 
@@ -89,6 +91,12 @@ def test_sizes_of_the_benchmark() -> None:
     assert Plan().benchmark() == ["--tokens", "7900", "--budget", "1024"]
     assert Plan(model=Path("m")).benchmark() == ["--tokens", "32768", "--budget", "4096"]
     assert Plan(quick=True, tokens=99).benchmark()[:4] == ["--tokens", "99", "--budget", "256"]
+
+
+def test_a_quick_check_takes_few_tests_of_those_there_are() -> None:
+    quick, full = (Plan(quick=quick).device_tests() for quick in (True, False))
+    assert set(quick) < set(full)
+    assert all((ROOT / name).is_file() for name in (*full, *OPERATOR_TESTS))
 
 
 def test_goals_that_are_met_and_missed() -> None:

@@ -1,14 +1,16 @@
-"""What ``scripts/check-vulkan`` insists on, without a driver."""
+"""What ``scripts/check-gpu --vulkan`` insists on, without a driver."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from lib.checks import judged, left_to_cpu
 from lib.errors import SetupError
-from lib.vulkan import DEVICE, devices_of, require_driver
+from lib.gpu_detect import vulkan
+from lib.vulkan import Driver, devices_of, require_driver
 
 SUMMARY = """\
 Devices:
@@ -30,14 +32,30 @@ LOG = Path("some.log")
 
 def test_the_device_asked_for_is_named_with_its_driver() -> None:
     devices = devices_of(SUMMARY.format("25.0.7"))
-    assert require_driver(devices, {}) == "Some GPU, Mesa 22.3.6"
-    assert "Mesa 25.0.7" in require_driver(devices, {"GGML_VK_VISIBLE_DEVICES": "1"})
+    assert require_driver(devices, {}) == Driver("Some GPU, Mesa 22.3.6", software=False)
+    driver = require_driver(devices, {"GGML_VK_VISIBLE_DEVICES": "1"})
+    assert driver.software and "Mesa 25.0.7" in driver.said
 
 
 def test_a_software_driver_that_corrupts_memory_is_refused() -> None:
     devices = devices_of(SUMMARY.format("22.3.6"))
     with pytest.raises(SetupError, match="bookworm-backports"):
         require_driver(devices, {"GGML_VK_VISIBLE_DEVICES": "1"})
+
+
+def test_a_driver_in_software_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = SUMMARY.format("25.0.7").replace("`", "")
+    for name, says in (("glslc", ""), ("vulkaninfo", summary)):
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'EOF'\n{says}EOF\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    env = {"PATH": os.environ["PATH"], "CMAKE_ARGS": "-DA=1"}
+    gpu, software = (vulkan({**env, "GGML_VK_VISIBLE_DEVICES": n}) for n in "01")
+    assert gpu.timed and not software.timed
+    assert software.args == ("-DA=1", "-DGGML_VULKAN=ON")
+    assert vulkan(env).env == {"GGML_VK_VISIBLE_DEVICES": "0"}
+    with pytest.raises(SetupError, match="glslc not found"):
+        vulkan({"PATH": ""})
 
 
 @pytest.mark.parametrize("asked", ["2", "x", ""])
@@ -52,7 +70,7 @@ PASSED = "Backend 1/2: Vulkan0\n  OP(a=1): OK\n  242/242 tests passed\nBackend 2
 
 
 def test_cases_that_pass_on_the_device_are_counted() -> None:
-    assert judged(PASSED, "OP", DEVICE, LOG) == "OP: 242 cases pass on Vulkan0"
+    assert judged(PASSED, "OP", "Vulkan0", LOG) == "OP: 242 cases pass on Vulkan0"
 
 
 def test_only_long_heads_may_be_left_to_the_cpu() -> None:
@@ -72,4 +90,4 @@ def test_only_long_heads_may_be_left_to_the_cpu() -> None:
 def test_what_ran_elsewhere_does_not_count(output: str, said: str) -> None:
     """The program itself calls all of these a success."""
     with pytest.raises(SetupError, match=said):
-        judged(output, "OP", DEVICE, LOG)
+        judged(output, "OP", "Vulkan0", LOG)
