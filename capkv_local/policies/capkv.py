@@ -99,9 +99,9 @@ class CapKV(BasePolicy):
     consensus: float = 1.0
     u: Literal["value", "key"] = "value"
     noise: float = 0.01
-    probe_own: float = 0.4
-    probe_consensus: float = 0.3
-    probe_tail: float = 0.3
+    probe_own: float = 0.45
+    probe_consensus: float = 0.35
+    probe_tail: float = 0.2
     probe_pool: int = 3
     probe_noise: float = 1.0
 
