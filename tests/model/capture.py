@@ -27,8 +27,8 @@ N_UBATCH = 80
 _STATE_EXT = 1 << 31  # in the first word of a state that is compacted or observed
 
 
-class _Tensor(ct.Structure):
-    """The beginning of ``ggml_tensor``."""
+class Tensor(ct.Structure):
+    """``ggml_tensor``, as far as it is read here."""
 
     _fields_ = (
         ("type", ct.c_int),
@@ -36,6 +36,12 @@ class _Tensor(ct.Structure):
         ("ne", ct.c_int64 * 4),
         ("nb", ct.c_size_t * 4),
         ("op", ct.c_int),
+        ("op_params", ct.c_int32 * 16),
+        ("flags", ct.c_int32),
+        ("src", ct.c_void_p * 10),
+        ("view_src", ct.c_void_p),
+        ("view_offs", ct.c_size_t),
+        ("data", ct.c_void_p),
     )
 
 
@@ -155,7 +161,7 @@ class Session:
         name: bytes = self._lib.ggml_get_name(ct.c_void_p(address))
         if not name.startswith(b"Qcur-"):
             return not ask
-        tensor = _Tensor.from_address(address)
+        tensor = Tensor.from_address(address)
         # The product with the weights, then a reshape of it, then RoPE: all of one name.
         op = self._lib.ggml_op_name(tensor.op).decode()
         if op not in ("MUL_MAT", "ROPE"):

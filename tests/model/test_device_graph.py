@@ -16,6 +16,7 @@ import pytest
 
 from capkv_local.native import cache_type
 from tests.model import oracle, tiny
+from tests.model.capture import Tensor
 from tests.model.conftest import Load, Make
 from tests.model.device import Places
 
@@ -24,24 +25,6 @@ OPTIONS: dict[str, Any] = {
     **{"n_ctx": 1024, "n_batch": 64, "kv_budget": 128, "kv_room": 32, "verbose": False},
     **{"n_threads": 1, "n_threads_batch": 1},
 }
-
-
-class _Tensor(ct.Structure):
-    """``ggml_tensor``, as far as it is read here."""
-
-    _fields_ = (
-        ("type", ct.c_int),
-        ("buffer", ct.c_void_p),
-        ("ne", ct.c_int64 * 4),
-        ("nb", ct.c_size_t * 4),
-        ("op", ct.c_int),
-        ("op_params", ct.c_int32 * 16),
-        ("flags", ct.c_int32),
-        ("src", ct.c_void_p * 10),
-        ("view_src", ct.c_void_p),
-        ("view_offs", ct.c_size_t),
-        ("data", ct.c_void_p),
-    )
 
 
 class Addresses:
@@ -65,10 +48,10 @@ class Addresses:
         monkeypatch.setattr(llama_cpp.llama_cpp, "llama_context_default_params", params)
 
     def _on_tensor(self, address: int, ask: bool, _: Any) -> bool:
-        tensor = _Tensor.from_address(address)
+        tensor = Tensor.from_address(address)
         if ask and self._lib.ggml_op_desc(address) == b"FLASH_ATTN_EXT":
             for source in filter(None, tensor.src):
-                read = _Tensor.from_address(source)
+                read = Tensor.from_address(source)
                 alignment = self._lib.ggml_backend_buffer_get_alignment(read.buffer)
                 self.offsets.append(read.data % alignment)
         return not ask  # never computed one by one
