@@ -115,7 +115,6 @@ class CompactCache:
         n_tokens: int,
         n_cells: int,
         n_queries: int = 0,
-        more: bool = False,
         repeat: Repeat | None = None,
         look: Look | None = None,
     ) -> tuple[Mask, F32 | None]:
@@ -132,8 +131,6 @@ class CompactCache:
             Cells that take part; all used cells if the result is to be applied.
         n_queries
             So many of the last queries observe, 0 for the policy's window.
-        more
-            The text goes on behind these tokens.
         repeat
             Where the policy finds the attention of a repetition.
         look
@@ -157,7 +154,6 @@ class CompactCache:
             n_cells=n_cells,
             n_tokens=n_tokens,
             n_queries=n_queries or min(self.policy.n_window, self.kv.info().n_queries),
-            more=more,
             carried=self.carried_by_cell(n_cells),
             repeat=repeat,
             look=look,

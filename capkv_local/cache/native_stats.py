@@ -29,7 +29,6 @@ class NativeStats:
         n_cells: int,
         n_tokens: int,
         n_queries: int,
-        more: bool = False,
         carried: F32 | None,
         repeat: Repeat | None = None,
         look: Look | None = None,
@@ -42,7 +41,6 @@ class NativeStats:
         self.n_cells = n_cells
         self.n_tokens = n_tokens
         self.n_queries = n_queries
-        self.more = more
         self.carried = carried
         self.carry_next: F32 | None = None
         self._repeat = repeat

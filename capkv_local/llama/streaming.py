@@ -111,8 +111,7 @@ class StreamingLlama(PlacedLlama):
         done = 0
         while done < len(tokens):
             with deferred_interrupt():
-                n_left = len(tokens) - done
-                n_free = self._make_room(cache, min(n_chunk, n_left), observers, len(tokens) > 1)
+                n_free = self._make_room(cache, min(n_chunk, len(tokens) - done), observers)
                 chunk = list(tokens[done : done + min(n_chunk, n_free)])
                 self._decode_chunk(chunk)
             done += len(chunk)
@@ -188,15 +187,15 @@ class StreamingLlama(PlacedLlama):
     def _never_full(self, cache: CompactCache) -> bool:
         return not cache.evicts or cache.budget >= self._n_ctx
 
-    def _make_room(self, cache: CompactCache, n_new: int, observers: _Observers, more: bool) -> int:
-        """Free cells for new tokens, ``n_new`` if that can be; ``more`` of a text, or of an answer.
+    def _make_room(self, cache: CompactCache, n_new: int, observers: _Observers) -> int:
+        """Free cells for new tokens, ``n_new`` if that can be.
 
         Evicts only when a good part of ``n_new`` does not fit: the fuller the cache, the more a
         policy sees at once, and the less often it has to look.
         """
         n_free = cache.kv.info().n_free - observers.n_scratch
         if n_free < n_new and n_free < self.n_batch // 4:
-            self._evict(cache, observers, more=more)
+            self._evict(cache, observers)
             n_free = cache.kv.info().n_free - observers.n_scratch
         return n_free
 
@@ -220,7 +219,6 @@ class StreamingLlama(PlacedLlama):
         cache: CompactCache,
         observers: _Observers,
         remember: dict[Reduce, F32] | None = None,
-        more: bool = False,
     ) -> None:
         """Look, choose, evict; ``remember`` spares repetitions of a text that is evicted anew."""
         n_question = len(observers.question)
@@ -245,7 +243,6 @@ class StreamingLlama(PlacedLlama):
                 n_tokens=self.n_tokens + n_question,
                 n_cells=n_cells,
                 n_queries=min(n_question, cache.policy.n_window),
-                more=more,
                 repeat=None if probe is None else repeat,
                 look=lambda reduce, per_head: self._look(cache, n_cells, reduce, per_head),
             )

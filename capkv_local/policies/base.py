@@ -38,9 +38,6 @@ class KVStats(Protocol):
         Token position that each cell holds, ascending along the cells. Heads may hold different
         numbers of cells; a head that holds fewer lacks the first ones: they are -1, and 0 in all
         statistics. Their scores do not matter.
-    more : bool
-        The text goes on: the next tokens are known already, and are read before anything else is
-        asked of these cells.
     carried : float32 [n_layer, n_head_kv, n_cells] or None
         What this policy handed to :meth:`carry` in the round before, moved with its cells; 0 for
         cells that are new since, None in the first round.
@@ -60,8 +57,6 @@ class KVStats(Protocol):
     def n_queries(self) -> int: ...
     @property
     def positions(self) -> NDArray[np.int32]: ...
-    @property
-    def more(self) -> bool: ...
     @property
     def carried(self) -> F32 | None: ...
 

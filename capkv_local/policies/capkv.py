@@ -47,8 +47,7 @@ class CapKV(BasePolicy):
     Which ones is another question. A head takes them in turn from three lists, since there are
     three kinds of tokens to come: those for which this head looks something up (r), those for
     which another does (the mean of r over all heads, by token), and those that go on with the
-    text (the mean attention of the last queries; not while more of the text is still to be read,
-    since only its end is gone on from).
+    text (the mean attention of the last queries).
 
     Parameters
     ----------
@@ -71,8 +70,7 @@ class CapKV(BasePolicy):
         behind the defaults.
     probe_own, probe_consensus, probe_tail
         With a probe, shares of the cells that are chosen by the head's own relevance, by that of
-        all heads and by the tail's attention; they are divided by their sum. The tail has none
-        while more of the text is to come, unless the other two are 0.
+        all heads and by the tail's attention; they are divided by their sum.
     probe_pool, probe_noise
         With a probe, the pool of what all heads find relevant, and the noise, in units of a summed
         squared attention. Chosen on two models, see docs/evaluation.md.
@@ -153,17 +151,16 @@ class CapKV(BasePolicy):
             return np.where(open_[layer], repeated[layer], np.float32(0))
 
         capacity = self._capacity(stats, own, self.probe_noise)
-        shares = [self.probe_own, self.probe_consensus]
-        tail = None
-        if not stats.more or sum(shares) == 0:
-            tail = stats.window_attention(reduce="mean")
-            shares.append(self.probe_tail)
+        shares = (self.probe_own, self.probe_consensus, self.probe_tail)
+        tail = stats.window_attention(reduce="mean")
         by_token = _sum_by_token(stats.positions, own)
         for layer, mask in enumerate(open_):
             shared = _mean_over_heads(by_token, stats.positions[layer], mask.shape[0] * len(open_))
-            lists = [own(layer), _pooled(shared, mask, self.probe_pool)]
-            if tail is not None:
-                lists.append(_pooled(tail[layer], mask, self.pool))
+            lists = (
+                own(layer),
+                _pooled(shared, mask, self.probe_pool),
+                _pooled(tail[layer], mask, self.pool),
+            )
             order = _in_turn(lists, shares, mask)
             capacity[layer] = _in_order_of(order, capacity[layer], mask)
         return capacity

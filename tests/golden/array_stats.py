@@ -27,7 +27,6 @@ class ArrayStats:
     n_tokens: int
     positions: np.ndarray  # int32 [n_layer, n_head_kv, n_cells]
     carried: np.ndarray | None = None
-    more: bool = False
     repeated_query: np.ndarray | None = None  # [n_layer, n_head, n_repeated, d], after RoPE
     handed: np.ndarray | None = None  # what the policy carried on
 

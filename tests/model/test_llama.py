@@ -7,9 +7,8 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -26,9 +25,8 @@ from capkv_local import (
     native,
 )
 from capkv_local.budget.allocate import ALLOCATORS
-from capkv_local.native import F32, loading
-from capkv_local.policies import KVStats, get_policy, policy_names
-from capkv_local.policies.base import BasePolicy
+from capkv_local.native import loading
+from capkv_local.policies import get_policy, policy_names
 from tests.model.conftest import Models, observe_of
 
 SMALL = {"kv_budget": 256, "n_ctx": 4096, "n_batch": 256}
@@ -447,37 +445,6 @@ def test_a_stock_library_is_named_and_the_way_out(
         monkeypatch.undo()
         loading.functions.cache_clear()
     native.require()
-
-
-@dataclass(frozen=True)
-class Asking(BasePolicy):
-    """Keeps the newest cells and remembers whether more of the text was to come."""
-
-    name: ClassVar[str] = "asking"
-    told: list[bool] = field(default_factory=list)
-
-    def score(self, stats: KVStats) -> F32:
-        self.told.append(stats.more)
-        return stats.positions.astype(np.float32)
-
-
-def test_a_policy_is_told_whether_more_of_the_text_is_to_come(
-    models: Models, tokens: list[int]
-) -> None:
-    policy = Asking()
-    llama = models(kv_policy=policy, kv_budget=128, kv_room=0)
-    llama.prefill(tokens[:900])
-    assert len(policy.told) > 1
-    assert policy.told[-1] is False  # back to the budget at the end
-    assert all(policy.told[:-1])
-    policy.told.clear()
-    llama.prefill(tokens[900:1500], more=True)
-    assert policy.told
-    assert all(policy.told)
-    policy.told.clear()
-    while not policy.told:  # generation: nobody knows what comes
-        llama.eval(tokens[:1])
-    assert not any(policy.told)
 
 
 def test_after_a_reset_the_budget_can_be_lowered(models: Models, tokens: list[int]) -> None:

@@ -220,19 +220,6 @@ def test_capkv_with_a_probe_hears_the_tail_as_far_as_its_share(prompt: ArrayStat
         assert same == (share == 0)
 
 
-def test_capkv_with_a_probe_hears_the_tail_only_at_the_end_of_the_text(prompt: ArrayStats) -> None:
-    def same(policy: Any) -> bool:
-        stats = dataclasses.replace(
-            prompt.observed_by(policy), repeated_query=prompt.window_query[:, :, -40:], more=True
-        )
-        turned = dataclasses.replace(stats, window_query=-stats.window_query)
-        return np.array_equal(policy.score(stats), policy.score(turned))
-
-    assert same(get_policy("capkv"))
-    # With nothing else to go by, it goes by the tail.
-    assert not same(get_policy("capkv", probe_own=0, probe_consensus=0))
-
-
 def test_capkv_with_a_probe_needs_one_share() -> None:
     with pytest.raises(PolicyError, match="probe_own=0 must be above 0 if the other two are 0"):
         get_policy("capkv", probe_own=0, probe_consensus=0, probe_tail=0)
