@@ -377,14 +377,6 @@ def _won(scores: Scores, among: Mask, total: int) -> I64:
     missing = int(total - won.sum())  # of the cells that score `cut`
     if missing == 0:
         return won
-    n_equal = np.zeros(scores.shape[-1], np.int64)
-    for row, mask in zip(scores, among, strict=True):
-        n_equal += mask & (row == cut)
-    from_end = np.cumsum(n_equal[::-1])[::-1]
-    first = int(np.count_nonzero(from_end > missing))  # from this cell on, all of them win
-    at_edge = among[:, first - 1] & (scores[:, first - 1] == cut) if first else among[:, 0] & False
-    n_edge = missing - int(from_end[first]) if first < len(from_end) else missing
-    won[np.flatnonzero(at_edge)[::-1][:n_edge]] += 1
-    for head, (row, mask) in enumerate(zip(scores, among, strict=True)):
-        won[head] += np.count_nonzero(mask[first:] & (row[first:] == cut))
-    return won
+    # Cell by cell, heads next to each other: later there means later cell, then later head.
+    equal = np.flatnonzero((among & (scores == cut)).T)
+    return won + np.bincount(equal[-missing:] % len(won), minlength=len(won))

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,22 +58,40 @@ def check_cuda(architectures: Sequence[str], cublas: Path | None) -> None:
         The toolkit is not complete, a file does not compile without a warning, or a kernel spills.
     """
     toolkit = find_toolkit(architectures, cublas)
-    spilling = []
+    targets = [f"sm_{arch}" for arch in architectures]
     with sources() as work:
-        for name in OURS:
-            print(f"{name}: registers of a thread, by architecture")
-            usages = {}
-            for arch in architectures:
-                found = parse_usage(compile_file(toolkit, work, name, arch))
-                usages[f"sm_{arch}"] = found
-                spilling += [(arch, usage) for usage in found if usage.spilled]
-            print("\n".join(table(usages)))
-        compile_file(toolkit, work, CALL_SITES, architectures[0])
-        print(f"{CALL_SITES}: compiles for sm_{architectures[0]}")
+
+        def usage(name: str, target: str) -> list[Usage]:
+            return parse_usage(compile_file(toolkit, work, name, target))
+
+        spilling = show_usage("registers of a thread, by architecture", targets, usage)
+        compile_file(toolkit, work, CALL_SITES, targets[0])
+        print(f"{CALL_SITES}: compiles for {targets[0]}")
+    refuse_spills(spilling)
+
+
+def show_usage(
+    heading: str, targets: Sequence[str], usage: Callable[[str, str], list[Usage]]
+) -> list[tuple[str, Usage]]:
+    """Print what the kernels of our sources take; return those that spill, with the target.
+
+    ``usage`` compiles a file for a target and reads what the compiler says.
+    """
+    spilling = []
+    for name in OURS:
+        print(f"{name}: {heading}")
+        usages = {target: usage(name, target) for target in targets}
+        print("\n".join(table(usages)))
+        spilling += [(at, kernel) for at, found in usages.items() for kernel in found]
+    return [(target, kernel) for target, kernel in spilling if kernel.spilled]
+
+
+def refuse_spills(spilling: Sequence[tuple[str, Usage]]) -> None:
+    """Raise :class:`SetupError` that names the worst, or say that there is none."""
     if spilling:
-        arch, worst = max(spilling, key=lambda found: found[1].spilled)
+        target, worst = max(spilling, key=lambda found: found[1].spilled)
         raise SetupError(
-            f"{len(spilling)} kernels spill registers, most of all {worst.kernel} for sm_{arch} "
+            f"{len(spilling)} kernels spill registers, most of all {worst.kernel} for {target} "
             f"({worst.spilled} bytes): give it fewer values per thread or more registers"
         )
     print("no spills, no warnings")
@@ -138,20 +156,40 @@ def _cublas_folders(nvcc: str) -> Iterator[Path]:
     yield Path("/usr/local/cuda/include")
 
 
-def compile_file(toolkit: Toolkit, work: Path, name: str, arch: str, *more: str) -> str:
+def compile_file(toolkit: Toolkit, work: Path, name: str, target: str, *more: str) -> str:
     """Compile one of the files in ``work``; return what the compiler says."""
-    command = [toolkit.nvcc, *_FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", *more]
+    command = [toolkit.nvcc, *_FLAGS, f"-arch={target}", "-Xptxas", "-v", *more]
     command += [f"-I{work / folder}" for folder, _ in HEADERS] + [f"-I{toolkit.cublas}"]
     command += ["-c", str(work / name), "-o", str(work / "out.o")]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode != 0:
-        said = [line for line in done.stdout.splitlines() if not line.startswith("ptxas info")]
-        raise SetupError(
-            f"{name} does not compile for sm_{arch} without warnings:\n"
-            + "\n".join(f"    {line}" for line in said[:30])
+    return run_compiler(command, f"{name} does not compile for {target}", _complaints)
+
+
+def _complaints(log: str) -> list[str]:
+    return [line for line in log.splitlines() if not line.startswith("ptxas info")]
+
+
+def run_compiler(
+    command: Sequence[str],
+    failure: str,
+    complaints: Callable[[str], list[str]],
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Run a compiler; return what it says.
+
+    Raises
+    ------
+    SetupError
+        It cannot be run, or it failed: then with its first ``complaints``.
+    """
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
         )
+    except OSError as error:
+        raise SetupError(f"cannot run {command[0]}: {error.strerror}") from error
+    if done.returncode != 0:
+        said = "\n".join(f"    {line}" for line in complaints(done.stdout)[:30])
+        raise SetupError(f"{failure} without warnings:\n{said}")
     return done.stdout
 
 

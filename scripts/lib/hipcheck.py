@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cudacheck import CALL_SITES, HEADERS, OURS, Usage, kernel_name, sources, table
+from .cudacheck import (
+    CALL_SITES,
+    HEADERS,
+    OURS,
+    Usage,
+    kernel_name,
+    refuse_spills,
+    run_compiler,
+    show_usage,
+    sources,
+)
 from .errors import SetupError
 from .rocm import Rocm, find_rocm
 
@@ -35,29 +44,21 @@ def check_hip(targets: Sequence[str], named: Path | None) -> None:
         There is no compiler, a file does not compile without a warning, or a kernel spills.
     """
     rocm = find_rocm(named)
-    spilling = []
     with sources() as work:
+
+        def usage(name: str, target: str) -> list[Usage]:
+            options = [*_WARNINGS, "-Rpass-analysis=kernel-resource-usage"]
+            return parse_usage(_compile(rocm, work, name, target, "--cuda-device-only", *options))
+
+        heading = "registers of a thread/waves per SIMD, by target"
+        spilling = show_usage(heading, targets, usage)
         for name in OURS:
-            print(f"{name}: registers of a thread/waves per SIMD, by target")
-            usages = {}
-            for target in targets:
-                command = [*_WARNINGS, "-Rpass-analysis=kernel-resource-usage"]
-                log = _compile(rocm, work, name, target, "--cuda-device-only", *command)
-                usages[target] = parse_usage(log)
-                spilling += [(target, usage) for usage in usages[target] if usage.spilled]
-            print("\n".join(table(usages)))
             _compile(rocm, work, name, targets[0], "--cuda-host-only", *_WARNINGS)
         # Not our file: its warnings are not ours, either.
         for side in ("--cuda-device-only", "--cuda-host-only"):
             _compile(rocm, work, CALL_SITES, targets[0], side, "-w")
         print(f"{CALL_SITES}: compiles for {targets[0]}")
-    if spilling:
-        target, worst = max(spilling, key=lambda found: found[1].spilled)
-        raise SetupError(
-            f"{len(spilling)} kernels spill registers, most of all {worst.kernel} for {target} "
-            f"({worst.spilled} bytes): give it fewer values per thread or more registers"
-        )
-    print("no spills, no warnings")
+    refuse_spills(spilling)
 
 
 def _compile(rocm: Rocm, work: Path, name: str, target: str, side: str, *more: str) -> str:
@@ -65,18 +66,8 @@ def _compile(rocm: Rocm, work: Path, name: str, target: str, side: str, *more: s
     output = ["-S", "-o", str(work / "out.s")]
     command = [str(rocm.clang), *_FLAGS, f"--offload-arch={target}", side, *rocm.flags(), *more]
     command += [f"-I{work / folder}" for folder, _ in HEADERS] + [str(work / name), *output]
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=rocm.env()
-        )
-    except OSError as error:
-        raise SetupError(f"cannot run {rocm.clang}: {error.strerror}") from error
-    if done.returncode != 0:
-        raise SetupError(
-            f"{name} does not compile for {target} without warnings:\n"
-            + "\n".join(f"    {line}" for line in complaints(done.stdout)[:30])
-        )
-    return done.stdout
+    failure = f"{name} does not compile for {target}"
+    return run_compiler(command, failure, complaints, rocm.env())
 
 
 def complaints(log: str) -> list[str]:

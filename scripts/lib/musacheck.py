@@ -47,7 +47,7 @@ def check_musa(cublas: Path | None) -> None:
         for header in _HEADERS:
             (folder / header).write_text(text)
         for name in OURS:
-            compile_file(toolkit, work, name, _ARCH, "-w", "-DGGML_USE_MUSA", f"-I{folder}")
+            compile_file(toolkit, work, name, f"sm_{_ARCH}", "-w", "-DGGML_USE_MUSA", f"-I{folder}")
             print(f"{name}: compiles through {VENDORS}/musa.h, with nvcc in MUSA's place")
 
 
