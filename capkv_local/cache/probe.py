@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from capkv_local.errors import BudgetError
+from capkv_local.native import F32
 
 REQUEST = "\n\nRepeat the previous text exactly."
 
@@ -25,8 +29,7 @@ class Probe:
     prompt
         Tokens that ask for the repetition, up to where the answer begins.
     stride
-        Observe with every n-th of the repeated tokens. All are decoded, so this makes only the
-        statistic cheaper.
+        Repeat every n-th token only, at an n-th of the cost: see :meth:`spread`.
     n_scratch
         Cells that are kept free for the prompt and the tokens that are repeated at once.
     n_lead
@@ -60,7 +63,30 @@ class Probe:
 
     def pieces(self, tokens: Sequence[int], n_done: int) -> Iterator[tuple[list[int], int]]:
         """Cut ``tokens[n_done:]``: tokens to decode, and how many of the last ones observe."""
-        for start in range(n_done, len(tokens), self.n_piece):
-            piece = list(tokens[start : start + self.n_piece])
+        n_text = self.n_piece * self.stride  # tokens of the text that a piece stands for
+        for start in range(n_done, len(tokens), n_text):
+            piece = list(tokens[start : start + n_text : self.stride])
             lead = list(tokens[max(0, start - self.n_lead) : start])
             yield [*self.prompt, *lead, *piece], len(piece)
+
+    def spread(self, attention: F32, positions: NDArray[np.int32], n_done: int) -> None:
+        """Give cells that nobody looked for what the cell before them has, if that is more.
+
+        A repeated token looks for the one that comes next. With a stride, nothing looks for those
+        that come behind a token that is left out; they are taken for as relevant as the last one
+        before them that was looked for: numbers and names are needed whole.
+
+        Parameters
+        ----------
+        attention
+            Of the pieces of ``tokens[n_done:]``, [n_layer, n_head_kv, n_cells]; changed in place.
+        positions
+            Token in each cell, the same shape; -1: not held.
+        """
+        before, after = positions[..., :-1], positions[..., 1:]
+        left_out = (before >= n_done) & ((before - n_done) % self.stride != 0)
+        to_fill = left_out & (after == before + 1)
+        for _ in range(self.stride - 1):  # one cell further each time
+            np.maximum(
+                attention[..., 1:], attention[..., :-1], out=attention[..., 1:], where=to_fill
+            )

@@ -132,8 +132,8 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--probe-stride",
         type=click.IntRange(1, 16),
         metavar="N",
-        help="Let the probe look with every N-th token only: hardly faster, and most details are "
-        "lost (docs/evaluation.md). [default: 1]",
+        help="Let the probe repeat every N-th token only: it takes an N-th of the time and loses "
+        "some details (docs/evaluation.md). [default: 1]",
     ),
     click.option(
         "--n-ctx",

@@ -73,8 +73,7 @@ class Llama(StatefulLlama):
         ``"probe"``, a repetition of all of it, for documents that are read before the question
         is known (two to three times the work; see :mod:`capkv_local.cache.probe`).
     probe_stride
-        Observe with every n-th token of the repetition only: cheaper, at a loss
-        (docs/evaluation.md).
+        Repeat every n-th token only: an n-th of the work, at a loss (docs/evaluation.md).
     kv_room
         Cells beyond ``kv_budget + n_batch``: how many tokens are read or generated between
         evictions. Default: 256, with layers on other devices than the CPU 1792.

@@ -286,7 +286,6 @@ class StreamingLlama(PlacedLlama):
                     # need the text for.
                     n_cells=cache.kv.info().n_cells,
                     n_queries=n_queries,
-                    stride=probe.stride,
                     per_head=reduce == "max",
                 )[..., :n_cells]
                 if reduce == "max":
@@ -298,6 +297,8 @@ class StreamingLlama(PlacedLlama):
                 del attention
         finally:
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        if probe.stride > 1:
+            probe.spread(out, cache.kv.positions()[..., :n_cells], cache.n_repeated)
         return out
 
     def _decode_scratch(self, cache: CompactCache, tokens: list[int], n_before: int = 0) -> None:

@@ -42,12 +42,16 @@ class CapKV(BasePolicy):
     With a probe, every cell has been looked for, and the sums are over all repeated tokens::
 
         r_i = sum_q a_qi² over all repetitions so far                   (no window, no maximum)
-        s_i as above from r and probe_noise: how many cells a head keeps
+        s_i as above from r and probe_noise, times the weight of the layer: how many a head keeps
 
     Which ones is another question. A head takes them in turn from three lists, since there are
     three kinds of tokens to come: those for which this head looks something up (r), those for
     which another does (the mean of r over all heads, by token), and those that go on with the
     text (the mean attention of the last queries).
+
+    What an early layer no longer finds, a later one can still look up, but not the other way
+    round. So where heads share the cells, the first third of the layers counts for half, the last
+    third in full, and those between rise from one to the other.
 
     Parameters
     ----------
@@ -74,6 +78,8 @@ class CapKV(BasePolicy):
     probe_pool, probe_noise
         With a probe, the pool of what all heads find relevant, and the noise, in units of a summed
         squared attention. Chosen on two models, see docs/evaluation.md.
+    probe_early
+        With a probe, the weight of the first third of the layers; 1 makes all layers equal.
 
     Notes
     -----
@@ -102,6 +108,7 @@ class CapKV(BasePolicy):
     probe_tail: float = 0.2
     probe_pool: int = 3
     probe_noise: float = 1.0
+    probe_early: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +124,7 @@ class CapKV(BasePolicy):
         )
         for name in ("noise", "probe_noise"):
             self._require(name, 0 < getattr(self, name) < np.inf, "finite and above 0")
+        self._require("probe_early", 0 < self.probe_early <= 1, "above 0 and at most 1")
         self._require("u", self.u in ("value", "key"), "'value' or 'key'")
 
     def score(self, stats: KVStats) -> F32:
@@ -163,6 +171,7 @@ class CapKV(BasePolicy):
             )
             order = _in_turn(lists, shares, mask)
             capacity[layer] = _in_order_of(order, capacity[layer], mask)
+            capacity[layer] *= _depth_weight(layer, len(open_), self.probe_early)
         return capacity
 
     def _capacity(self, stats: KVStats, relevance: Callable[[int], F32], noise: float) -> F32:
@@ -222,6 +231,18 @@ def _mean_over_heads(
 ) -> F32:
     """Mean of what the token in each cell of a layer has; 0 where a head gave it up."""
     return np.asarray(by_token[positions + 1] / n_heads, np.float32)
+
+
+def _depth_weight(layer: int, n_layer: int, early: float) -> float:
+    """Weight of a layer: ``early`` in the first third, 1 in the last, a line in between.
+
+    Examples
+    --------
+    >>> [_depth_weight(layer, 12, 0.5) for layer in (0, 3, 5, 7, 11)]
+    [0.5, 0.5, 0.75, 1.0, 1.0]
+    """
+    depth = (layer + 1) / n_layer
+    return float(np.interp(depth, (1 / 3, 2 / 3), (early, 1.0)))
 
 
 def _in_turn(lists: Sequence[F32], shares: Sequence[float], open_: Mask) -> NDArray[np.float64]:

@@ -155,6 +155,26 @@ def test_every_token_is_repeated_once(models: Models, tokens: list[int]) -> None
     assert llama.kv_stats().n_cells <= BUDGET + 128
 
 
+def test_with_a_stride_every_nth_token_is_repeated_and_its_neighbours_are_as_relevant(
+    models: Models, tokens: list[int]
+) -> None:
+    text = tokens[:N_READ]
+    llama = probing(models, kv_policy=Listening(reduce="second_moment"), probe_stride=3)
+    read(llama, text)
+    probe = llama._probe
+    assert probe is not None
+    repeated = [t for piece, n in probe.pieces(text, 0) for t in piece[-n:]]
+    assert repeated == text[::3]
+    llama._evict(llama._require_cache(), llama._observers("probe", None))
+    looked_at = really_read(models, text, probe, "second_moment")
+    # Token 3 i looks for the next one, nothing for the two after that.
+    expected = looked_at.copy()
+    for at in range(len(text)):
+        if at >= 2 and at % 3 != 1:
+            expected[..., at] = np.maximum(expected[..., at], expected[..., at - 1])
+    np.testing.assert_allclose(heard[-1], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_what_a_tail_call_reads_is_repeated_later(models: Models, tokens: list[int]) -> None:
     llama = probing(models)
     llama.prefill(tokens[:700], observe="tail")

@@ -108,8 +108,10 @@ class AtOnce(CapKV):
         order = _in_turn(
             (own, shared, tail), (self.probe_own, self.probe_consensus, self.probe_tail), open_
         )
-        capacity = self.weighed(stats, own, self.probe_noise)
-        return above_all(_in_order_of(order, capacity, open_), held & ~open_)
+        score = _in_order_of(order, self.weighed(stats, own, self.probe_noise), open_)
+        depth = np.arange(1, len(open_) + 1) / len(open_)
+        score *= np.interp(depth, (1 / 3, 2 / 3), (self.probe_early, 1))[:, None, None]
+        return above_all(score, held & ~open_)
 
     def weighed(self, stats: Any, relevance: Any, noise: float) -> Any:
         norm = stats.value_norm() if self.u == "value" else stats.key_norm()

@@ -165,7 +165,7 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     policy = get_policy(
         "capkv",
         **{"probe_own": 2.0, "probe_consensus": 1.0, "probe_tail": 1.0},
-        **{"pool": 5, "probe_pool": 3, "probe_noise": 0.5, "n_recent": 8},
+        **{"pool": 5, "probe_pool": 3, "probe_noise": 0.5, "probe_early": 0.2, "n_recent": 8},
     )
     repeated = prompt.window_query[:, :, -40:]
     stats = dataclasses.replace(prompt.observed_by(policy), repeated_query=repeated)
@@ -187,6 +187,7 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     v /= np.linalg.norm(v, axis=-1, keepdims=True)
     a = 0.5 * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", r, v, v)
     capacity = r * np.einsum("lhni,lhij,lhnj->lhn", v, np.linalg.inv(a), v)
+    capacity *= np.interp(np.arange(1, len(r) + 1) / len(r), (1 / 3, 2 / 3), (0.2, 1))[:, None, None]
     # How much each head's cells are worth together is its own affair, which they are is not.
     np.testing.assert_allclose(np.sort(got), np.sort(capacity), rtol=1e-4)
     # Of the best 40, half are the best of the first list, a quarter those of each other list.
@@ -218,6 +219,20 @@ def test_capkv_with_a_probe_hears_the_tail_as_far_as_its_share(prompt: ArrayStat
         turned = dataclasses.replace(stats, window_query=-stats.window_query)
         same = np.array_equal(policy.score(stats), policy.score(turned))
         assert same == (share == 0)
+
+
+def test_capkv_with_a_probe_gives_early_layers_fewer_cells() -> None:
+    """The same layer three times: the first one shares the cells with half of its weight."""
+    stats = synthetic(7, probed=True)
+    assert stats.repeated_query is not None
+    layered = ("k", "v", "mean_query", "window_query", "positions", "repeated_query")
+    same = {name: np.repeat(getattr(stats, name)[:1], 3, axis=0) for name in layered}
+    stats = dataclasses.replace(stats, **same)
+    score = get_policy("capkv", n_recent=8).score(stats)[:, :, 4:-8]
+    np.testing.assert_allclose(score[0], score[2] / 2, rtol=1e-6)
+    np.testing.assert_array_equal(score[1], score[2])
+    equal = get_policy("capkv", n_recent=8, probe_early=1).score(stats)[:, :, 4:-8]
+    np.testing.assert_array_equal(equal[0], score[2])
 
 
 def test_capkv_with_a_probe_needs_one_share() -> None:
