@@ -29,6 +29,11 @@ def evicts(policy: Policy) -> bool:
     return bool(getattr(policy, "evicts", True))
 
 
+def n_recent(policy: Policy, *, probed: bool) -> int:
+    """Last cells that an eviction leaves in any case; a policy may want fewer after a repetition."""
+    return int(getattr(policy, "n_recent_probed", policy.n_recent) if probed else policy.n_recent)
+
+
 @dataclass
 class CompactCache:
     """Applies one policy under one budget to the KV cache of a context.
@@ -166,7 +171,8 @@ class CompactCache:
             )
         t1 = time.perf_counter()
         protected = self.protection.mask(stats.positions)
-        keep = self._select(scores, stats.positions >= 0, protected)
+        n_last = n_recent(self.policy, probed=repeat is not None)
+        keep = self._select(scores, stats.positions >= 0, protected, n_last)
         carry = stats.carry_next
         if carry is not None and protected is not None:
             before = np.float32(0) if stats.carried is None else stats.carried
@@ -176,15 +182,15 @@ class CompactCache:
         self.counters.t_select_s += t2 - t1
         return keep, carry
 
-    def _select(self, scores: F32, held: Mask, protected: Mask | None) -> Mask:
-        n_sinks, n_recent = self.policy.n_sinks, self.policy.n_recent
-        open_ = contested(held, n_sinks=n_sinks, n_recent=n_recent, protected=protected)
+    def _select(self, scores: F32, held: Mask, protected: Mask | None, n_last: int) -> Mask:
+        n_first = self.policy.n_sinks
+        open_ = contested(held, n_sinks=n_first, n_recent=n_last, protected=protected)
         # Sinks, recent and protected cells, [n_layer, n_head_kv]
         n_always = (held & ~open_).sum(axis=-1)
         pools = self.kv.pools()
         counts = share_out(self.allocation, scores, open_, n_always, pools, self.n_left, FLOOR)
         return keep_mask(
-            scores, held, counts, n_sinks=n_sinks, n_recent=n_recent, protected=protected
+            scores, held, counts, n_sinks=n_first, n_recent=n_last, protected=protected
         )
 
     def apply(self, keep: Mask, carry: F32 | None) -> None:

@@ -181,6 +181,11 @@ class BasePolicy:
         self._require("n_recent", self.n_recent >= 1, "1 or more")
         self._require("n_window", self.n_window >= 1, "1 or more")
 
+    @property
+    def n_recent_probed(self) -> int:
+        """Last cells that are kept where the text is repeated, at most ``n_recent``."""
+        return self.n_recent
+
     def _require(self, field: str, ok: bool, allowed: str) -> None:
         """Raise PolicyError unless `ok`, naming the field, its value and what is allowed."""
         if not ok:

@@ -57,7 +57,8 @@ class CapKV(BasePolicy):
     ----------
     n_sinks, n_recent
         See :class:`~capkv_local.policies.base.BasePolicy`. Both stay outside the sums: they are
-        kept anyway, and the sinks' attention would drown all other.
+        kept anyway, and the sinks' attention would drown all other. With a probe half of
+        `n_recent` is enough: the tail's list takes the others that are wanted.
     n_window
         Last queries observed. 32 keep scoring below 5% of a small model's prefill on a CPU.
     pool
@@ -127,11 +128,16 @@ class CapKV(BasePolicy):
         self._require("probe_early", 0 < self.probe_early <= 1, "above 0 and at most 1")
         self._require("u", self.u in ("value", "key"), "'value' or 'key'")
 
+    @property
+    def n_recent_probed(self) -> int:
+        return (self.n_recent + 1) // 2
+
     def score(self, stats: KVStats) -> F32:
         """Capacity, sinks and recent above all; hands the relevance on to the next round."""
         held = stats.positions >= 0
-        open_ = contested(held, n_sinks=self.n_sinks, n_recent=self.n_recent)
         repeated = stats.probe_attention(reduce="second_moment")
+        n_last = self.n_recent if repeated is None else self.n_recent_probed
+        open_ = contested(held, n_sinks=self.n_sinks, n_recent=n_last)
         if repeated is None:
             score = self._from_window(stats, open_)
         else:

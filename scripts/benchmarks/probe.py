@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="length of the text")
     parser.add_argument("--budget", type=int, default=1024, help="cells per head, on average")
     parser.add_argument("--policy", default="capkv")
-    parser.add_argument("--stride", type=int, default=4, help="of the second probe")
+    parser.add_argument("--stride", type=int, default=2, help="of the second probe")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
@@ -65,6 +65,12 @@ def main() -> None:
             f"{middle / stock:.2f} x stock   KV {stats.kv_bytes / 2**20:.1f} MiB, "
             f"observation {stats.observe_bytes / 2**20:.1f} MiB"
         )
+        if name.startswith("probe"):
+            more = middle - tail
+            print(
+                f"  {'':18} {more:6.1f} s more: {more / tail:.2f} prefills of tail, "
+                f"{more / stock:.2f} of stock"
+            )
 
 
 if __name__ == "__main__":

@@ -216,6 +216,21 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(
     assert np.array_equal(straight, llama.kv_positions())
 
 
+def test_capkv_keeps_half_of_the_recent_cells_in_any_case(
+    models: Models, tokens: list[int]
+) -> None:
+    """The others among them have to be wanted, as any cell has; a tail keeps all of them."""
+    always = []
+    for observe in ("probe", "tail"):
+        llama = probing(models, kv_policy="capkv", kv_observe=observe, kv_budget=64)
+        llama.prefill(tokens[:1000])
+        held = llama.kv_positions()
+        n_tokens = int(held.max()) + 1
+        in_all = [at for at in range(n_tokens) if (held == at).any(axis=-1).all()]
+        always.append(next(n for n in range(1, 65) if n_tokens - n - 1 not in in_all))
+    assert 16 <= always[0] < 32 <= always[1]
+
+
 def test_kvzip_keeps_what_the_repetition_looked_at(models: Models, tokens: list[int]) -> None:
     llama = probing(models, kv_policy="kvzip")
     llama.prefill(tokens[:1200])

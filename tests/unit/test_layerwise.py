@@ -89,8 +89,9 @@ class AtOnce(CapKV):
 
     def score(self, stats: Any) -> Any:
         held = stats.positions >= 0
-        open_ = contested(held, self.n_sinks, self.n_recent)
         repeated = stats.probe_attention(reduce="second_moment")
+        n_last = self.n_recent if repeated is None else (self.n_recent + 1) // 2
+        open_ = contested(held, self.n_sinks, n_last)
         carried = stats.carried
         if repeated is None:
             relevance = pooled(stats.window_attention(reduce="second_moment"), open_, self.pool)

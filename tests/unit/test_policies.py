@@ -165,7 +165,7 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     policy = get_policy(
         "capkv",
         **{"probe_own": 2.0, "probe_consensus": 1.0, "probe_tail": 1.0},
-        **{"pool": 5, "probe_pool": 3, "probe_noise": 0.5, "probe_early": 0.2, "n_recent": 8},
+        **{"pool": 5, "probe_pool": 3, "probe_noise": 0.5, "probe_early": 0.2, "n_recent": 16},
     )
     repeated = prompt.window_query[:, :, -40:]
     stats = dataclasses.replace(prompt.observed_by(policy), repeated_query=repeated)
@@ -187,7 +187,8 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     v /= np.linalg.norm(v, axis=-1, keepdims=True)
     a = 0.5 * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", r, v, v)
     capacity = r * np.einsum("lhni,lhij,lhnj->lhn", v, np.linalg.inv(a), v)
-    capacity *= np.interp(np.arange(1, len(r) + 1) / len(r), (1 / 3, 2 / 3), (0.2, 1))[:, None, None]
+    depth = np.arange(1, len(r) + 1) / len(r)
+    capacity *= np.interp(depth, (1 / 3, 2 / 3), (0.2, 1))[:, None, None]
     # How much each head's cells are worth together is its own affair, which they are is not.
     np.testing.assert_allclose(np.sort(got), np.sort(capacity), rtol=1e-4)
     # Of the best 40, half are the best of the first list, a quarter those of each other list.
@@ -228,10 +229,10 @@ def test_capkv_with_a_probe_gives_early_layers_fewer_cells() -> None:
     layered = ("k", "v", "mean_query", "window_query", "positions", "repeated_query")
     same = {name: np.repeat(getattr(stats, name)[:1], 3, axis=0) for name in layered}
     stats = dataclasses.replace(stats, **same)
-    score = get_policy("capkv", n_recent=8).score(stats)[:, :, 4:-8]
+    score = get_policy("capkv", n_recent=16).score(stats)[:, :, 4:-8]
     np.testing.assert_allclose(score[0], score[2] / 2, rtol=1e-6)
     np.testing.assert_array_equal(score[1], score[2])
-    equal = get_policy("capkv", n_recent=8, probe_early=1).score(stats)[:, :, 4:-8]
+    equal = get_policy("capkv", n_recent=16, probe_early=1).score(stats)[:, :, 4:-8]
     np.testing.assert_array_equal(equal[0], score[2])
 
 
