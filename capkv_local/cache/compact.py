@@ -30,7 +30,7 @@ def evicts(policy: Policy) -> bool:
 
 
 def n_recent(policy: Policy, *, probed: bool) -> int:
-    """Last cells that an eviction leaves in any case; a policy may want fewer after a repetition."""
+    """Last cells that an eviction leaves in any case: fewer after a repetition, if it says so."""
     return int(getattr(policy, "n_recent_probed", policy.n_recent) if probed else policy.n_recent)
 
 
