@@ -100,16 +100,16 @@ def in_step(first: Any, second: Any, tokens: Sequence[int], **looks: Any) -> lis
     decisions: list[tuple[Scores, Mask, Mask]] = []
     ties: list[Ties] = []
 
-    def record(scores: Scores, held: Mask, protected: Mask | None) -> Mask:
-        keep: Mask = type(first._cache)._select(first._cache, scores, held, protected)
+    def record(scores: Scores, held: Mask, *rest: Any) -> Mask:
+        keep: Mask = type(first._cache)._select(first._cache, scores, held, *rest)
         decisions.append((np.array(scores, np.float64), held, keep))
         return keep
 
-    def follow(scores: Scores, held: Mask, protected: Mask | None) -> Mask:
+    def follow(scores: Scores, held: Mask, *rest: Any) -> Mask:
         theirs, theirs_held, keep = decisions[len(ties)]
         if not np.array_equal(held, theirs_held):
             raise AssertionError("the two sessions do not hold the same cells")
-        ours: Mask = type(second._cache)._select(second._cache, scores, held, protected)
+        ours: Mask = type(second._cache)._select(second._cache, scores, held, *rest)
         ties.append(compare(keep, ours, theirs))
         return keep
 
