@@ -287,6 +287,8 @@ def test_every_policy_with_every_allocation(
     path = make(tiny.llama, n_layer=3, n_head=6, n_head_kv=3)
     options = {"kv_policy": policy, "kv_allocation": allocation, "kv_observe": observe}
     llama = load(path, **options, **SMALL)
+    # With a probe, half of the recent cells are enough for capkv.
+    n_recent = 16 if (policy, observe) == ("capkv", "probe") else 32
     for i in range(0, 1000, 250):  # each round starts from heads of unequal length
         llama.prefill(TOKENS[i : i + 250])
         info = llama._cache.kv.info()
@@ -297,7 +299,7 @@ def test_every_policy_with_every_allocation(
         assert ((np.diff(positions, axis=-1) > 0) | ~held[..., :-1]).all()
         for head in positions.reshape(9, -1):
             assert head[head >= 0][:4].tolist() == [0, 1, 2, 3]
-            assert head[-32:].tolist() == list(range(i + 250 - 32, i + 250))
+            assert head[-n_recent:].tolist() == list(range(i + 250 - n_recent, i + 250))
     assert llama.kv_stats().evictions >= 4
     assert np.isfinite(one_by_one(llama, TOKENS[1000:1010])).all()
 
