@@ -62,7 +62,7 @@ class Probe:
         return self.n_scratch - len(self.prompt) - self.n_lead
 
     def pieces(self, tokens: Sequence[int], n_done: int) -> Iterator[tuple[list[int], int]]:
-        """Cut ``tokens[n_done:]``: tokens to decode, and how many of the last ones observe."""
+        """Cut ``tokens[n_done::stride]``: what to decode, and how many of the last ones observe."""
         n_text = self.n_piece * self.stride  # tokens of the text that a piece stands for
         for start in range(n_done, len(tokens), n_text):
             piece = list(tokens[start : start + n_text : self.stride])

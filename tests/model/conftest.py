@@ -34,6 +34,11 @@ def observe_of(policy: str) -> str:
     return "probe" if "probe" in get_policy(policy).needs else "tail"
 
 
+def recent_of(policy: str, observe: str) -> int:
+    """Last tokens that every head keeps: with a probe, half of them are enough for capkv."""
+    return 16 if (policy, observe) == ("capkv", "probe") else 32
+
+
 class Models:
     """Opens models; the latest of each set of options is kept and handed out reset."""
 

@@ -30,7 +30,7 @@ from capkv_local.native import Stat
 from capkv_local.native import cache_type as cache_type_number
 from capkv_local.policies import get_policy, policy_names
 from tests.model import oracle, tiny
-from tests.model.conftest import Load, Make, observe_of
+from tests.model.conftest import Load, Make, observe_of, recent_of
 
 Array = np.ndarray[Any, Any]
 TOKENS: list[int] = np.random.default_rng(0).integers(0, tiny.N_VOCAB, 3000).tolist()
@@ -287,8 +287,7 @@ def test_every_policy_with_every_allocation(
     path = make(tiny.llama, n_layer=3, n_head=6, n_head_kv=3)
     options = {"kv_policy": policy, "kv_allocation": allocation, "kv_observe": observe}
     llama = load(path, **options, **SMALL)
-    # With a probe, half of the recent cells are enough for capkv.
-    n_recent = 16 if (policy, observe) == ("capkv", "probe") else 32
+    n_recent = recent_of(policy, observe)
     for i in range(0, 1000, 250):  # each round starts from heads of unequal length
         llama.prefill(TOKENS[i : i + 250])
         info = llama._cache.kv.info()

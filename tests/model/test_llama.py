@@ -27,7 +27,7 @@ from capkv_local import (
 from capkv_local.budget.allocate import ALLOCATORS
 from capkv_local.native import loading
 from capkv_local.policies import get_policy, policy_names
-from tests.model.conftest import Models, observe_of
+from tests.model.conftest import Models, observe_of, recent_of
 
 SMALL = {"kv_budget": 256, "n_ctx": 4096, "n_batch": 256}
 
@@ -94,9 +94,7 @@ def test_every_policy_streams_a_long_prompt(
     stats = llama.kv_stats()
     assert (stats.policy, stats.n_tokens, stats.n_cells) == (policy, 1500, 256)
     assert stats.evictions >= 3
-    # With a probe, half of them are enough for capkv.
-    n_recent = 16 if (policy, observe) == ("capkv", "probe") else 32
-    check_heads(llama.kv_positions(), 1500, n_recent)
+    check_heads(llama.kv_positions(), 1500, recent_of(policy, observe))
     assert np.isfinite(logits(llama)).all()
     assert len(greedy(llama, tokens[:1500], 4)) == 4
 
