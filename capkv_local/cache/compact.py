@@ -49,7 +49,7 @@ class CompactCache:
     allocation
         How the heads share them, a name of :data:`capkv_local.budget.allocate.ALLOCATORS`.
     n_probe
-        Queries beside the policy's window that a repetition is observed with; 0: none.
+        Cells that stay free for a repetition; 0: none.
     """
 
     kv: KVCache
@@ -102,7 +102,7 @@ class CompactCache:
     @property
     def n_observed(self) -> int:
         """Queries that are kept, the last ones."""
-        return (self.policy.n_window if "queries" in self.policy.needs else 0) + self.n_probe
+        return self.policy.n_window if "queries" in self.policy.needs else 0
 
     def pause_mean(self, paused: bool) -> None:
         """Keep tokens that are decoded only for their queries out of the mean query."""

@@ -268,8 +268,6 @@ class StreamingLlama(PlacedLlama):
 
     def _repeat(self, cache: CompactCache, probe: Probe, n_cells: int, reduce: Reduce) -> F32:
         """Attention on the first ``n_cells`` cells while what is new in them is repeated."""
-        info = cache.kv.info()
-        out = np.zeros((info.n_layer, info.n_head_kv, n_cells), np.float32)
         new = self.input_ids[: self.n_tokens].tolist()
         # Every piece stands behind the same prompt, whose cells stay from one to the next. Not with
         # sliding windows: a second batch behind the text takes cells that they still need.
@@ -278,24 +276,15 @@ class StreamingLlama(PlacedLlama):
         try:
             for piece, n_queries in probe.pieces(new, cache.n_repeated):
                 self._ctx.kv_cache_seq_rm(-1, self.n_tokens + n_there, -1)
+                # The attention goes over the piece, too: what it finds in itself, it does not need
+                # the text for.
+                p0 = self.n_tokens + len(piece) - n_queries
+                cache.kv.add_attention(ATTENTION[reduce], p0)
                 self._decode_scratch(cache, piece[n_there:], n_there)
                 n_there = n_prompt
-                attention = cache.kv.score(
-                    ATTENTION[reduce],
-                    # The softmax goes over the piece, too: what it finds in itself, it does not
-                    # need the text for.
-                    n_cells=cache.kv.info().n_cells,
-                    n_queries=n_queries,
-                    per_head=reduce == "max",
-                )[..., :n_cells]
-                if reduce == "max":
-                    grouped = attention.reshape(info.n_layer, info.n_head_kv, -1, n_cells)
-                    np.maximum(out, grouped.max(axis=2), out=out)
-                else:
-                    attention *= n_queries
-                    out += attention
-                del attention
+            out = cache.kv.attention(n_cells)
         finally:
+            cache.kv.stop_attention()
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         if probe.stride > 1:
             probe.spread(out, cache.kv.positions()[..., :n_cells], cache.n_repeated)

@@ -118,13 +118,36 @@ class KVCache:
         """Whether the next decodes enter the mean query."""
         check(self._f["llama_memory_observe_set_mean"](self._ctx, enabled), "observe queries")
 
+    def add_attention(self, stat: Stat, p0: int) -> None:
+        """Add up the attention that tokens from position ``p0`` on pay, from the next decode on.
+
+        ``stat`` is one of ``ATTN_*``; it begins at 0 unless the same is added up already.
+        Meanwhile, no queries are observed.
+        """
+        check(self._f["llama_memory_observe_attn"](self._ctx, int(stat), p0), "add up attention")
+
+    def stop_attention(self) -> None:
+        """Observe queries again, and free what :meth:`add_attention` takes."""
+        check(self._f["llama_memory_observe_attn"](self._ctx, 0, -1), "stop adding up attention")
+
+    def attention(self, n_cells: int) -> F32:
+        """What was added up for the first ``n_cells`` cells, ``[n_layer, n_head_kv, n_cells]``.
+
+        The sum over all tokens of the mean over the query heads of a group, for ``ATTN_MAX`` the
+        largest; 0 in cells that a head does not hold.
+        """
+        info = self.info()
+        out = np.empty((info.n_layer, info.n_head_kv, n_cells), dtype=np.float32)
+        status = self._f["llama_memory_get_attn"](self._ctx, n_cells, out.ctypes.data, out.size)
+        check(status, "read the attention that was added up")
+        return out
+
     def score(
         self,
         stat: Stat,
         *,
         n_cells: int,
         n_queries: int = 0,
-        stride: int = 1,
         per_head: bool = False,
         n_future: int = 0,
         noise: float = 0.0,
@@ -132,8 +155,7 @@ class KVCache:
     ) -> F32:
         """One statistic of the first ``n_cells`` cells, ``[n_layer, n_rows, n_cells]``.
 
-        0 in cells that a head does not hold. With ``stride``, only the newest of the ``n_queries``
-        and every ``stride``-th before it observe. ``n_rows`` is ``n_head`` for the anchor and with
+        0 in cells that a head does not hold. ``n_rows`` is ``n_head`` for the anchor and with
         ``per_head``, else ``n_head_kv``. ``weights`` is ``[n_layer, n_head_w, n_cells]`` with
         ``n_head_w`` a multiple of ``n_head_kv``.
         """
@@ -145,7 +167,6 @@ class KVCache:
             stat=int(stat),
             n_cells=n_cells,
             n_queries=n_queries,
-            n_stride=stride,
             per_head=per_head,
             n_future=n_future,
             lambda_=noise,

@@ -14,7 +14,7 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
-ABI = 4
+ABI = 5
 
 # llama_memory_evict_status: the codes that say what kind of model or setting cannot be evicted
 OK = 0
@@ -64,7 +64,6 @@ class ScoreParams(ctypes.Structure):
         ("stat", ctypes.c_int),
         ("n_cells", ctypes.c_uint32),
         ("n_queries", ctypes.c_uint32),
-        ("n_stride", ctypes.c_uint32),
         ("per_head", ctypes.c_bool),
         ("n_future", ctypes.c_uint32),
         ("lambda_", ctypes.c_float),
@@ -132,6 +131,14 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_memory_evict_set_n_ctx": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_uint32]),
     "llama_memory_observe": (ctypes.c_int32, [ctypes.c_void_p, ObserveParams]),
     "llama_memory_observe_set_mean": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_memory_observe_attn": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_int, ctypes.c_int32],
+    ),
+    "llama_memory_get_attn": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t],
+    ),
     "llama_memory_score": (
         ctypes.c_int32,
         [ctypes.c_void_p, ScoreParams, ctypes.c_void_p, ctypes.c_size_t],

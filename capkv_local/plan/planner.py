@@ -35,6 +35,8 @@ DEVICE_ROOM = 1792
 _ASKED = 1 << 16
 # Queries whose attention is scored at once, as in llama-kv-score.cpp.
 _BLOCK = 64
+# Weights of attention that a repetition has at once, as in llama-kv-attn.cpp.
+_WEIGHTS = 1 << 23
 # Bytes of numpy arrays while a policy decides, per cell of the longest head: for every head, for
 # the heads of the layer that is being worked on, and for query heads if their mean is observed.
 # tests/unit/test_layerwise.py measures them.
@@ -240,7 +242,7 @@ class Planner:
 
     def _observation(self) -> int:
         s, cache = self.settings, self.cache
-        n_queries = s.n_window + s.n_scratch + s.mean_query
+        n_queries = s.n_window + s.mean_query
         return 4 * cache.n_layer * cache.n_head * cache.n_embd_head_k * n_queries
 
     def _compute(self, n_cells: int) -> int:
@@ -253,7 +255,9 @@ class Planner:
 
         Scoring is counted from its graph: the attention of a block of the observed queries, once
         as it is and once half summed, and the mask of all of them. Or the leverage of all heads
-        at once: weights on both sides, and the scores while they are put together.
+        at once: weights on both sides, and the scores while they are put together. A repetition
+        has the weights of its attention, their squares and half of these summed, values and mask
+        in float32, and the sum of every cell.
 
         What SmolLM2-135M took at its peak, beside weights and vocabulary, of what is planned for
         it, in MiB: with n_ctx 8192 and a budget of 1,024, after 2,500 tokens with a probe 115 of
@@ -268,13 +272,22 @@ class Planner:
         # heads of unequal length take the mask in parts
         decode = self._graph(n_longest) + 2 * n_longest * s.ubatch
 
-        n_queries = max(s.n_window, s.n_scratch)
+        n_queries = s.n_window
         # Heads of one length are scored together, others one by one.
         n_rows = max(cache.n_head * n_cells, cache.n_head // cache.n_head_kv * n_longest)
         attention = 6 * n_rows * min(n_queries, _BLOCK) + 2 * 4 * n_longest * n_queries
         vectors = 2 * 4 * n_cells * cache.n_head_kv * max(cache.n_embd_head_k, cache.n_embd_head_v)
         leverage = 5 * 4 * n_cells * cache.n_heads
-        return max(decode, attention, vectors, leverage) + rest
+        repetition = self._repetition(n_rows, n_longest) if s.n_scratch else 0
+        return max(decode, attention, vectors, leverage, repetition) + rest
+
+    def _repetition(self, n_rows: int, n_longest: int) -> int:
+        s, cache = self.settings, self.cache
+        n_tokens = min(s.ubatch, s.n_scratch)
+        weights = 10 * min(_WEIGHTS, n_rows * n_tokens)
+        values = 2 * 4 * n_longest * cache.n_head_kv * cache.n_embd_head_v
+        mask = 2 * 4 * n_longest * n_tokens
+        return weights + values + mask + 4 * cache.n_heads * n_longest
 
     def _graph(self, n_cells: int) -> int:
         """The decode graph alone; of many cells, only its mask is longer (f16)."""

@@ -20,7 +20,8 @@ TESTS = (
     *("tests/native/test_leverage_op.py", "tests/native/test_leverage_meta.py"),
     *(
         f"tests/model/test_{name}.py"
-        for name in ("evict", "ragged", "statistics", "probe", "snapshot", "device_rows", "rpc")
+        for name in ("evict", "ragged", "statistics", "added_attention", "probe", "snapshot")
+        + ("device_rows", "devices", "rpc")
     ),
 )
 """What calls all of the native interface, on the real model and over RPC."""
@@ -35,7 +36,9 @@ CMAKE_ARGS = (
 )
 
 # Names of the files that the series adds.
-_OURS = re.compile(r"(llama-kv-(evict|observe|pool|score)|leverage-score)[\w-]*\.(cpp|cuh?|h)$")
+_OURS = re.compile(
+    r"(llama-kv-(attn|evict|observe|pool|score)|leverage-score)[\w-]*\.(cpp|cuh?|h)$"
+)
 _UNDEFINED = re.compile(r"^(?P<file>[^\s:]+):(?P<line>\d+):\d+: runtime error: (?P<what>.*)$", re.M)
 _ADDRESS = re.compile(r"^==\d+==ERROR: AddressSanitizer:? (?P<what>.*)$", re.M)
 

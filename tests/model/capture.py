@@ -102,6 +102,14 @@ class Session:
         llama_cpp.llama_batch_free(batch)
         self.n_past += len(tokens)
 
+    def remove(self, n_past: int) -> None:
+        """Take the tokens from position ``n_past`` on back, and forget their queries."""
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        assert llama_cpp.llama_memory_seq_rm(memory, 0, n_past, -1)
+        for key, rows in self._rows.items():
+            self._rows[key] = [np.concatenate(rows)[:n_past]]
+        self.n_past = n_past
+
     def inv_freq(self) -> F64:
         """Radians per position, [d / 2]."""
         value = ct.create_string_buffer(64)

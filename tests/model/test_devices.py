@@ -104,7 +104,7 @@ def test_every_statistic(make: Make, load: Load, device: Place, kind: str, kept:
         rng.random((info.n_layer, n, n_cells), np.float32) for n in (info.n_head_kv, info.n_head)
     )
     per_head: dict[str, Any] = {"per_head": True}
-    few: dict[str, Any] = {"n_queries": 7, "stride": 3}
+    few: dict[str, Any] = {"n_queries": 7}
     weighted: tuple[dict[str, Any], ...] = (
         {"noise": 1.0},
         *({"noise": 0.3, "weights": w} for w in (per_kv, per_q)),
@@ -124,6 +124,33 @@ def test_every_statistic(make: Make, load: Load, device: Place, kind: str, kept:
         # The same rows and queries. Sums of float32 in another order, for keys and values of 32
         # numbers: 1e-6. Products of f16 in f16: 1e-3.
         close(got, expected, min(device.drift, 2e-3))
+
+
+@pytest.mark.parametrize("kept", ["all", "uniform", "ragged"])
+@pytest.mark.parametrize("kind", ["f16", "f32", "q8_0", "q4_0"])
+def test_attention_that_is_added_up(
+    make: Make, load: Load, device: Place, kind: str, kept: str
+) -> None:
+    cpu, other = both(load, make(tiny.llama, **MODEL), device, **kinds(kind))
+    same_cells(cpu, other, 60)
+    if kept != "all":
+        mask = keep(cpu, ragged=kept == "ragged")
+        for llama in (cpu, other):
+            llama._cache.kv.evict(mask)
+    n_cells = cpu._cache.kv.info().n_cells
+    for stat in ATTENTION:
+        added = []
+        for llama in (cpu, other):
+            kv = llama._cache.kv
+            kv.add_attention(stat, 70)  # not by the first ten
+            llama._decode_chunk(TOKENS[60:100])
+            added.append(kv.attention(n_cells))
+            kv.stop_attention()
+            llama._ctx.kv_cache_seq_rm(-1, 60, -1)
+            llama.n_tokens = 60
+        assert added[0].any() and np.isfinite(added[1]).all()
+        # Queries of hidden states that differ by the drift: as for statistics.
+        close(added[1], added[0], min(device.drift, 2e-3))
 
 
 def keep(llama: Any, *, ragged: bool) -> Any:

@@ -132,20 +132,16 @@ def test_window_attention(case: Case, stat: Stat, reduce: Any, per_head: bool) -
     assert case.session.info.n_head != case.session.info.n_head_kv
     assert case.session.kv.info().n_queries == N_WINDOW
     n = case.session.n_past
-    for n_cells, n_queries, stride in (
-        (case.n_cells, N_WINDOW, 1),
-        (case.n_cells, N_AFTER, 1),  # all that are newer than the eviction
-        (case.n_cells, 7, 1),
-        (case.n_cells, 1, 1),
-        (case.n_cells - 20, N_WINDOW, 1),
-        (case.n_cells, N_WINDOW, 3),
-        (case.n_cells, 7, 7),
+    for n_cells, n_queries in (
+        (case.n_cells, N_WINDOW),
+        (case.n_cells, N_AFTER),  # all that are newer than the eviction
+        (case.n_cells, 7),
+        (case.n_cells, 1),
+        (case.n_cells - 20, N_WINDOW),
     ):
-        got = case.session.kv.score(
-            stat, n_cells=n_cells, n_queries=n_queries, stride=stride, per_head=per_head
-        )
+        got = case.session.kv.score(stat, n_cells=n_cells, n_queries=n_queries, per_head=per_head)
         masks = case.masks(n_queries)
-        observing = np.arange(n - 1, n - 1 - n_queries, -stride)[::-1]
+        observing = np.arange(n - n_queries, n)
 
         def attention(
             layer: slice,
