@@ -47,7 +47,8 @@ class CapKV(BasePolicy):
     Which ones is another question. A head takes them in turn from three lists, since there are
     three kinds of tokens to come: those for which this head looks something up (r), those for
     which another does (the mean of r over all heads, by token), and those that go on with the
-    text (the mean attention of the last queries).
+    text (the mean attention of the last queries). What is kept for others the KV heads of a layer
+    share: of n, each spends an n-th of the second and third share on it and the rest on its own.
 
     What an early layer no longer finds, a later one can still look up, but not the other way
     round. So where heads share the cells, the first third of the layers counts for half, the last
@@ -75,7 +76,8 @@ class CapKV(BasePolicy):
         behind the defaults.
     probe_own, probe_consensus, probe_tail
         With a probe, shares of the cells that are chosen by the head's own relevance, by that of
-        all heads and by the tail's attention; they are divided by their sum.
+        all heads and by the tail's attention, where a layer has one KV head; they are divided by
+        their sum.
     probe_pool, probe_noise
         With a probe, the pool of what all heads find relevant, and the noise, in units of a summed
         squared attention. Chosen on two models, see docs/evaluation.md.
@@ -165,7 +167,7 @@ class CapKV(BasePolicy):
             return np.where(open_[layer], repeated[layer], np.float32(0))
 
         capacity = self._capacity(stats, own, self.probe_noise)
-        shares = (self.probe_own, self.probe_consensus, self.probe_tail)
+        shares = self._shares(open_.shape[1])
         tail = stats.window_attention(reduce="mean")
         by_token = _sum_by_token(stats.positions, own)
         for layer, mask in enumerate(open_):
@@ -179,6 +181,18 @@ class CapKV(BasePolicy):
             capacity[layer] = _in_order_of(order, capacity[layer], mask)
             capacity[layer] *= _depth_weight(layer, len(open_), self.probe_early)
         return capacity
+
+    def _shares(self, n_head_kv: int) -> tuple[float, float, float]:
+        """Of a head's cells: by its own relevance, by that of all heads, by the tail's attention.
+
+        Examples
+        --------
+        >>> [round(share, 3) for share in CapKV()._shares(5)]
+        [0.89, 0.07, 0.04]
+        """
+        total = self.probe_own + self.probe_consensus + self.probe_tail
+        others = self.probe_consensus / n_head_kv, self.probe_tail / n_head_kv
+        return total - sum(others), *others
 
     def _capacity(self, stats: KVStats, relevance: Callable[[int], F32], noise: float) -> F32:
         """Leverage of vectors of length 1 under the weights that each layer is given."""

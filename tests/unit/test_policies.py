@@ -191,9 +191,17 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     capacity *= np.interp(depth, (1 / 3, 2 / 3), (0.2, 1))[:, None, None]
     # How much each head's cells are worth together is its own affair, which they are is not.
     np.testing.assert_allclose(np.sort(got), np.sort(capacity), rtol=1e-4)
-    # Of the best 40, half are the best of the first list, a quarter those of each other list.
+    # Of a lone head's best 40, half are the best of the first list, a quarter those of each other
+    # list; of several heads, each spends its part of these quarters.
     best = got >= np.partition(got, -40)[..., -40:-39]
-    for values, share in ((r, 20), (shared, 10), (pooled(tail, 2), 10)):
+    n_head_kv = r.shape[1]
+    assert n_head_kv > 1
+    others = 10 // n_head_kv
+    for values, share in (
+        (r, 40 - 2 * -(-10 // n_head_kv)),
+        (shared, others),
+        (pooled(tail, 2), others),
+    ):
         # float32 against float64: near-ties at the end of a list may swap.
         wanted = values > np.partition(values, -share)[..., -share : 1 - share] * (1 + 1e-5)
         assert best[wanted].all()
