@@ -30,7 +30,7 @@ class Measured:
 
 
 MEASURED = (
-    Measured(0.5, chat=(108, 94), kl=(0.007, 0.028), streamed=(100, 89)),
-    Measured(0.25, chat=(83, 72), kl=(0.025, 0.113), streamed=(89, 56)),
-    Measured(0.125, chat=(79, 53), kl=(0.078, 0.162), streamed=(68, 44), ask=(90, 111)),
+    Measured(0.5, chat=(100, 94), kl=(0.006, 0.028), streamed=(100, 93)),
+    Measured(0.25, chat=(96, 72), kl=(0.025, 0.112), streamed=(89, 56)),
+    Measured(0.125, chat=(75, 53), kl=(0.065, 0.159), streamed=(84, 48), ask=(90, 111)),
 )

@@ -259,10 +259,10 @@ class Planner:
         has the weights of its attention, their squares and half of these summed, values and mask
         in float32, and the sum of every cell.
 
-        What SmolLM2-135M took at its peak, beside weights and vocabulary, of what is planned for
-        it, in MiB: with n_ctx 8192 and a budget of 1,024, after 2,500 tokens with a probe 115 of
-        169, after 3,000 without 76 of 144 (the plan is for all 8,192); with a budget of 7,000,
-        after 7,800 tokens with a probe 346 of 378 (measured before queries came in blocks).
+        What SmolLM2-135M took at its peak with a probe, beside what it has when it is loaded, of
+        what is planned for graphs and deciding, in MiB: with n_ctx 8192 and a budget of 1,024,
+        after 2,500 tokens 62 of 142 (the plan is for all 8,192); with a budget of 7,000, after
+        7,800 tokens 143 of 160.
         """
         s, cache = self.settings, self.cache
         rest = _BOOKKEEPING + (4 * self.header.n_vocab * s.n_ctx if s.logits_all else 0)
@@ -278,14 +278,14 @@ class Planner:
         attention = 6 * n_rows * min(n_queries, _BLOCK) + 2 * 4 * n_longest * n_queries
         vectors = 2 * 4 * n_cells * cache.n_head_kv * max(cache.n_embd_head_k, cache.n_embd_head_v)
         leverage = 5 * 4 * n_cells * cache.n_heads
-        repetition = self._repetition(n_rows, n_longest) if s.n_scratch else 0
+        repetition = self._repetition(n_cells, n_rows, n_longest) if s.n_scratch else 0
         return max(decode, attention, vectors, leverage, repetition) + rest
 
-    def _repetition(self, n_rows: int, n_longest: int) -> int:
+    def _repetition(self, n_cells: int, n_rows: int, n_longest: int) -> int:
         s, cache = self.settings, self.cache
         n_tokens = min(s.ubatch, s.n_scratch)
         weights = 10 * min(_WEIGHTS, n_rows * n_tokens)
-        values = 2 * 4 * n_longest * cache.n_head_kv * cache.n_embd_head_v
+        values = 2 * 4 * max(n_cells * cache.n_head_kv, n_longest) * cache.n_embd_head_v
         mask = 2 * 4 * n_longest * n_tokens
         return weights + values + mask + 4 * cache.n_heads * n_longest
 
