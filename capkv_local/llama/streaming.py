@@ -273,13 +273,15 @@ class StreamingLlama(PlacedLlama):
         # sliding windows: a second batch behind the text takes cells that they still need.
         n_prompt = 0 if self._window_cells() else len(probe.prompt)
         n_there = 0
+        stat = ATTENTION[reduce]
         try:
+            cache.kv.add_attention(stat, self.n_tokens)  # 0 if nothing is new
             for piece, n_queries in probe.pieces(new, cache.n_repeated):
                 self._ctx.kv_cache_seq_rm(-1, self.n_tokens + n_there, -1)
                 # The attention goes over the piece, too: what it finds in itself, it does not need
                 # the text for.
                 p0 = self.n_tokens + len(piece) - n_queries
-                cache.kv.add_attention(ATTENTION[reduce], p0)
+                cache.kv.add_attention(stat, p0)
                 self._decode_scratch(cache, piece[n_there:], n_there)
                 n_there = n_prompt
             out = cache.kv.attention(n_cells)

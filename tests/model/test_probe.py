@@ -127,6 +127,16 @@ def test_it_leaves_nothing_behind(models: Models, tokens: list[int]) -> None:
     assert np.array_equal(logits, decode(fresh, tokens[N_READ : N_READ + 8], N_READ))
 
 
+def test_with_nothing_new_nothing_is_found(models: Models, tokens: list[int]) -> None:
+    """As when a budget is lowered right after an eviction."""
+    llama = probing(models)
+    read(llama, tokens[:N_READ])
+    cache = llama._require_cache()
+    for _ in range(2):
+        llama._evict(cache, llama._observers("probe", None))
+    assert heard[0].any() and not heard[1].any()
+
+
 def test_the_mean_query_does_not_hear_the_repetition(models: Models, tokens: list[int]) -> None:
     llama = probing(models, kv_policy="capkv-paper", kv_budget=2048)
     llama.prefill(tokens[:N_READ])
