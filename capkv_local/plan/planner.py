@@ -272,10 +272,9 @@ class Planner:
         # heads of unequal length take the mask in parts
         decode = self._graph(n_longest) + 2 * n_longest * s.ubatch
 
-        n_queries = s.n_window
         # Heads of one length are scored together, others one by one.
         n_rows = max(cache.n_head * n_cells, cache.n_head // cache.n_head_kv * n_longest)
-        attention = 6 * n_rows * min(n_queries, _BLOCK) + 2 * 4 * n_longest * n_queries
+        attention = 6 * n_rows * min(s.n_window, _BLOCK) + 2 * 4 * n_longest * s.n_window
         vectors = 2 * 4 * n_cells * cache.n_head_kv * max(cache.n_embd_head_k, cache.n_embd_head_v)
         leverage = 5 * 4 * n_cells * cache.n_heads
         repetition = self._repetition(n_cells, n_rows, n_longest) if s.n_scratch else 0

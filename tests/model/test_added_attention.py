@@ -18,7 +18,7 @@ from capkv_local.evaluate import reference
 from capkv_local.native import Stat
 from tests.model import oracle
 from tests.model.capture import Session
-from tests.model.test_statistics import as_multiplied, close_attention
+from tests.model.test_statistics import Case, as_multiplied, close_attention
 
 STATS = [(Stat.ATTN_MEAN, "mean"), (Stat.ATTN_MAX, "max"), (Stat.ATTN_SQR, "second_moment")]
 N_READ = 220
@@ -49,12 +49,12 @@ def test_it_is_the_attention_of_the_decodes(session: Session, tokens: list[int])
         session.kv.add_attention(stat, p0)
         for n in CHUNKS:
             session.decode(tokens[session.n_past : session.n_past + n])
-        held = session.kv.positions()
-        k, _ = session.cells()
+        k, v = session.cells()
         q = as_multiplied(session.queries(rope=True), session.kind)
-        got = session.kv.attention(held.shape[-1])
+        case = Case(session, False, k, v, q, session.kv.positions())
+        got = session.kv.attention(case.n_cells)
         session.kv.stop_attention()
-        want = expected(q, k, held, np.arange(p0, session.n_past), reduce)
+        want = expected(case, np.arange(p0, session.n_past), reduce)
         if session.kind == "q8_0":
             close_but_for_steps(got, want)
         else:
@@ -74,23 +74,20 @@ def close_but_for_steps(got: Any, want: Any) -> None:
     assert off.max() < 0.2
 
 
-def expected(q: Any, k: Any, held: Any, observing: Any, reduce: Any) -> Any:
-    n_layer, n_head_kv, n_cells = held.shape
-    n_gqa = q.shape[1] // n_head_kv
-    out = np.zeros((n_layer, n_head_kv, n_cells))
-    for layer, head in np.ndindex(n_layer, n_head_kv):
-        cells = slice(int((held[layer, head] < 0).sum()), n_cells)
+def expected(case: Case, observing: Any, reduce: Any) -> Any:
+    def attention(layer: slice, head: slice, heads: slice, cells: slice) -> Any:
         rows = reference.window_attention(
-            q[layer : layer + 1, head * n_gqa : (head + 1) * n_gqa, observing],
-            k[layer : layer + 1, head : head + 1, cells],
+            case.q[layer, heads, observing],
+            case.k[layer, head, cells],
             observing,
-            held[layer : layer + 1, head : head + 1, cells],
-            k.shape[-1] ** -0.5,
+            case.held[layer, head, cells],
+            case.k.shape[-1] ** -0.5,
             reduce,
             reduce == "max",
-        )[0]
-        out[layer, head, cells] = rows.max(axis=0) if reduce == "max" else rows * len(observing)
-    return out
+        )
+        return rows.max(axis=1, keepdims=True) if reduce == "max" else rows * len(observing)
+
+    return case.by_head(case.n_cells, case.session.info.n_head_kv, attention)
 
 
 def test_it_goes_on_until_it_is_stopped(session: Session, tokens: list[int]) -> None:
