@@ -33,8 +33,8 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     "methods",
     multiple=True,
     metavar="NAME",
-    help="policy, policy:field=value,..., either with @allocation and +probe behind it, or bm25; "
-    "repeat for more. "
+    help="policy, policy:field=value,..., either with @allocation and +probe behind it; bm25; or "
+    "oracle, which knows what comes and bounds them all; repeat for more. "
     "[default: capkv and its peers]",
 )
 @click.option(

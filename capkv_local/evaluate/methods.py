@@ -1,4 +1,4 @@
-"""What is compared: policies with fields, allocations and observers, and retrieval, by one name."""
+"""What is compared: policies with fields, allocations and observers, retrieval and the oracle."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from capkv_local.policies import Policy, get_policy
 _FORM = re.compile(r"([a-z0-9-]+)(?::([^@+]+))?(?:@([a-z-]+))?(?:\+([a-z]+))?")
 
 RETRIEVAL = "bm25"
+ORACLE = "oracle"
 FULL = "full"
 
 
@@ -26,7 +27,7 @@ class Method:
     label
         As the user wrote it.
     policy
-        None for retrieval.
+        None for retrieval and the oracle.
     allocation
         How heads share the budget; empty where nothing is evicted.
     observe
@@ -44,11 +45,17 @@ class Method:
 
     @property
     def is_retrieval(self) -> bool:
-        return self.policy is None
+        return self.label == RETRIEVAL
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it knows what comes: a bound for all others."""
+        return self.label.partition("@")[0] == ORACLE
 
 
 def parse_method(text: str) -> Method:
-    """Read ``policy[:field=value,...][@allocation][+probe|+tail]``, ``full`` or ``bm25``.
+    """Read ``policy[:field=value,...][@allocation][+probe|+tail]``, ``full``, ``bm25`` or
+    ``oracle[@allocation]``.
 
     Raises
     ------
@@ -66,11 +73,18 @@ def parse_method(text: str) -> Method:
     if match is None:
         raise EvaluationError(
             f"'{text}' is no method: write policy[:field=value,...][@allocation][+probe], "
-            "'full' or 'bm25'"
+            "'full', 'bm25' or 'oracle'"
         )
     name, fields, allocation, observe = match.groups()
+    if name in (RETRIEVAL, ORACLE) and (fields or observe):
+        raise EvaluationError(f"'{text}': '{name}' has no fields and observes nothing")
     if name == RETRIEVAL:
+        if allocation:
+            raise EvaluationError(f"'{text}': '{name}' has no cells to allocate")
         return Method(text, None, "", "tail")
+    if name == ORACLE:
+        get_allocator(allocation or "global")
+        return Method(text, None, allocation or "global", "tail")
     policy = get_policy(name, **_fields(text, fields))
     allocation = allocation or str(getattr(policy, "allocation", "uniform"))
     get_allocator(allocation)

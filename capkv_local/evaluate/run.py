@@ -173,6 +173,15 @@ def _units(plan: Plan, case: Case) -> list[_Unit]:
                 if kv_type != F16:  # that of f16 is what the others are compared with
                     units.append(_Unit(method, 1.0, "one-shot", "unseen", kv_type, unseen))
                 continue
+            if method.is_oracle:  # decides for every item anew, when all is there
+                for question, of in (("unseen", unseen), ("seen", seen)):
+                    if question in plan.questions and "one-shot" in plan.readings:
+                        units += [
+                            _Unit(method, share, "one-shot", question, kv_type, (i,))
+                            for share in plan.shares
+                            for i in of
+                        ]
+                continue
             for reading in plan.readings:
                 for share in plan.shares:
                     if "unseen" in plan.questions and not method.is_retrieval:
@@ -257,6 +266,9 @@ class _Runner:
         method, n_cells = unit.method, int(unit.share * len(prepared.context))
         if method.is_full:
             return session.full()
+        if method.is_oracle:
+            given, wanted = _asked(prepared, unit.items[0])
+            return session.foreseen(method.allocation, n_cells, [*given, *wanted[:-1]])
         question = prepared.asked[unit.items[0]] if unit.question == "seen" else []
         if method.policy is None:
             passages = retrieve(
@@ -277,8 +289,11 @@ class _Runner:
         """A record of an item without its figures."""
         question = case.questions[item] if item >= 0 else None
         method = unit.method
-        observes = not (method.is_full or method.is_retrieval)
-        seen = unit.question == "seen"
+        observe: str = "question" if unit.question == "seen" else method.observe
+        if method.is_full or method.is_retrieval:
+            observe = ""
+        elif method.is_oracle:
+            observe = "what comes"
         return Record(
             model=self._model.stem,
             split=self._plan.split,
@@ -290,7 +305,7 @@ class _Runner:
             n_tokens=self._n_tokens,
             method=method.label,
             allocation=method.allocation,
-            observe=("question" if seen else method.observe) if observes else "",
+            observe=observe,
             reading=unit.reading,
             question=unit.question,
             kv_type=unit.kv_type,
@@ -319,11 +334,15 @@ def _wanted(prepared: Prepared, item: int) -> list[int]:
     return prepared.continuation[1:] if item < 0 else prepared.answer[item]
 
 
-def _predict(session: EvalSession, llama: Llama, prepared: Prepared, item: int) -> F64:
+def _asked(prepared: Prepared, item: int) -> tuple[list[int], list[int]]:
+    """Tokens that are given, and those that are predicted; without any, the first one is given."""
     if item < 0:
-        return session.log_probabilities(llama, [], prepared.continuation)
-    given = prepared.asked[item] + prepared.lead[item]
-    return session.log_probabilities(llama, given, prepared.answer[item])
+        return [], prepared.continuation
+    return prepared.asked[item] + prepared.lead[item], prepared.answer[item]
+
+
+def _predict(session: EvalSession, llama: Llama, prepared: Prepared, item: int) -> F64:
+    return session.log_probabilities(llama, *_asked(prepared, item))
 
 
 def _agreement(full: F64, left: F64) -> float:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capkv_local import native
+from capkv_local.cache.native_stats import ATTENTION
+from capkv_local.evaluate.oracle import Oracle
 from capkv_local.evaluate.tasks.base import Case
 from capkv_local.llama import CompactedState, Llama
 from capkv_local.llama.streaming import Observe
@@ -175,6 +177,20 @@ class EvalSession:
         finally:
             cache.policy, cache.allocation, cache.budget = before
         return llama
+
+    def foreseen(self, allocation: str, n_cells: int, future: Sequence[int]) -> Llama:
+        """Evict once, as who knows the tokens that follow: see :class:`Oracle`."""
+        llama = self.full()
+        cache = llama._require_cache()
+        n_used, n_past = cache.kv.info().n_cells, llama.n_tokens
+        try:
+            cache.kv.add_attention(ATTENTION["second_moment"], n_past)
+            llama._decode_scratch(cache, list(future))
+            attention = cache.kv.attention(n_used)
+        finally:
+            cache.kv.stop_attention()
+            llama._ctx.kv_cache_seq_rm(-1, n_past, -1)
+        return self.one_shot(Oracle(attention=attention), allocation, n_cells, "tail")
 
     def streamed(
         self,

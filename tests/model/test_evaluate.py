@@ -114,6 +114,27 @@ def test_streamed_seen_and_retrieved(plan: Plan, tmp_path: Path) -> None:
         assert record.value >= record.full
 
 
+def test_who_knows_what_comes_loses_least(plan: Plan, tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.jsonl")
+    methods = tuple(map(parse_method, ("oracle", "capkv+probe", "random")))
+    # It evicts when all is there, and is the same whether questions are known or not.
+    ways = dict(readings=("one-shot", "streamed"), questions=("unseen", "seen"))
+    run(replace(plan, methods=methods[:1], shares=(0.25,), n_seen=2, **ways), results)  # type: ignore[arg-type]
+    run(replace(plan, methods=methods[1:], shares=(0.25,)), results)
+    records = of(results.read().records, metric="kl")
+    oracle = of(records, method="oracle")
+    assert {(r.reading, r.allocation, r.observe) for r in oracle} == {
+        ("one-shot", "global", "what comes")
+    }
+    unseen, seen = ({r.item: r.value for r in of(oracle, question=q)} for q in ("unseen", "seen"))
+    assert len(unseen) == 1 + 8
+    assert len(seen) == 2 and seen.items() <= unseen.items()
+    for method in ("capkv+probe", "random"):
+        lost = {r.item: r.value for r in of(records, method=method)}
+        assert sum(unseen.values()) < sum(lost.values())
+        assert unseen[""] < lost[""]  # the continuation
+
+
 def test_a_quantised_cache_is_compared_with_f16(plan: Plan, tmp_path: Path) -> None:
     results = Results(tmp_path / "r.jsonl")
     methods = tuple(map(parse_method, ("full", "snapkv")))
@@ -132,6 +153,10 @@ def test_a_quantised_cache_is_compared_with_f16(plan: Plan, tmp_path: Path) -> N
         ("snapkv@everywhere", "everywhere"),
         ("snapkv+question", r"\+probe or \+tail"),
         ("kvzip+tail", r"needs \+probe"),
+        ("bm25@global", "no cells to allocate"),
+        ("oracle+probe", "observes nothing"),
+        ("oracle:n_sinks=2", "no fields"),
+        ("oracle@everywhere", "everywhere"),
         ("capkv:noise", "name=value"),
         ("no method", "is no method"),
         ("snapkw", "snapkv"),

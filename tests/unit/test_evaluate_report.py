@@ -378,6 +378,20 @@ def test_planted_loss_is_listed_and_no_other() -> None:
     assert loss.text.startswith("×2.0") or loss.text.startswith("×1.9")
 
 
+def test_the_oracle_is_shown_and_no_rival() -> None:
+    how: dict[str, Any] = dict(method="oracle", observe="what comes", value=1e-6)
+    records = synthetic() + [
+        record(case=f"doc-{i}", share=share, **how) for i in range(8) for share in (0.05, 0.25)
+    ]
+    cells = Cells(records)
+    f16 = cells.settings[0]
+    names = cells.names_in(f16, 0.05)
+    assert names[-1] == "oracle"
+    assert mark_best(cells, KL, f16, 0.05, names) == {"keydiff": "best"}
+    assert "oracle" not in {finding.theirs for finding in losses(cells) + verdicts(cells)}
+    assert "oracle" in markdown(records)
+
+
 def test_verdicts_name_the_best_peer() -> None:
     found = {(f.share, f.measure): f for f in verdicts(Cells(synthetic()))}
     assert {k: f.theirs for k, f in found.items() if k[1] == KL} == {

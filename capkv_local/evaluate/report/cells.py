@@ -15,6 +15,7 @@ from capkv_local.evaluate.statistics import Estimate
 __all__ = ["FULL", "SUBJECT", "Cells", "Focus", "Setting"]
 
 FULL = "full"
+ORACLE = "oracle"
 SUBJECT = "capkv"
 """The method whose losses and verdicts a report lists."""
 
@@ -186,6 +187,14 @@ class Cells:
         """Whether nothing is evicted."""
         return self.method[name] == FULL
 
+    def is_oracle(self, name: str) -> bool:
+        """Whether it knew what comes."""
+        return self.method[name] == ORACLE
+
+    def competes(self, name: str) -> bool:
+        """Whether it can be better or worse than others: no full cache, no oracle."""
+        return not (self.is_full(name) or self.is_oracle(name))
+
     def extra_measures(self) -> list[Measure]:
         """Measures of what was run beyond :data:`HEADLINE`: other tasks, kinds and metrics."""
         covered = {(measure.task, measure.metric) for measure in HEADLINE}
@@ -234,9 +243,9 @@ def _variant(record: Record) -> Variant:
 
 
 def _rank(method: str) -> int:
-    """Order of rows: the subject and its variants, peers, the full cache."""
-    if method == FULL:
-        return 3
+    """Order of rows: the subject and its variants, peers, the oracle, the full cache."""
+    if method in (ORACLE, FULL):
+        return 3 + (method == FULL)
     return 0 if method == SUBJECT else 1 if method.startswith(f"{SUBJECT}:") else 2
 
 

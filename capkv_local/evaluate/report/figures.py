@@ -86,6 +86,7 @@ def _pareto(cells: Cells) -> Iterator[Figure]:
                 f"pareto-{measure.id}-{reading}-{n_tokens}",
                 f"{measure.heading} by KV memory: {n_tokens:,} tokens, {reading}",
                 "Every point is one share of the cells; stars are full caches. "
+                + ("The oracle knows what comes: a bound. " if _has_oracle(cells, some) else "")
                 + ("Down and left is better." if measure is KL else "Up and left is better.")
                 + " Dotted lines with open marks: evicted and quantised.",
                 f"Line chart of {measure.title} against KV memory for "
@@ -94,6 +95,10 @@ def _pareto(cells: Cells) -> Iterator[Figure]:
                 (n_tokens, reading) == usual,
                 _svg(charts.pareto(cells, styles, measure, panels)),
             )
+
+
+def _has_oracle(cells: Cells, settings: list[Setting]) -> bool:
+    return any(cells.is_oracle(name) for s in settings for name in cells.names_in(s))
 
 
 def _dots(cells: Cells) -> Iterator[Figure]:

@@ -55,7 +55,7 @@ class Finding:
 def losses(cells: Cells) -> list[Finding]:
     """Every setting and share where capkv is significantly worse than another method.
 
-    On KL or recall, within the split that counts; the full cache does not count as a method.
+    On KL or recall, within the split that counts; the full cache and the oracle do not count.
     """
     split = cells.focus().split
     return [
@@ -132,7 +132,7 @@ def _comparisons(cells: Cells, setting: Setting) -> list[Finding]:
     """Ours against every other method of a setting, at every share, on what both have."""
     found = []
     for share in cells.shares_in(setting):
-        names = [name for name in cells.names_in(setting, share) if not cells.is_full(name)]
+        names = [name for name in cells.names_in(setting, share) if cells.competes(name)]
         for measure in (KL, RECALL):
             records = {name: cells.select(measure, setting, share, name) for name in names}
             for ours in (name for name in names if _is_ours(cells, name)):
@@ -150,7 +150,7 @@ def _pooled(
     pooled = {}
     for name in cells.names:
         records = [r for s in settings for r in cells.select(measure, s, share, name)]
-        if records and not cells.is_full(name):
+        if records and cells.competes(name):
             pooled[name] = records
     return pooled
 

@@ -119,12 +119,10 @@ def mark_best(
     """Best method of a column, and those not significantly different from it.
 
     Only methods that have all items that any of them has can be the best: an interrupted run may
-    have measured another on the easy cases only. The full cache takes no part.
+    have measured another on the easy cases only. The full cache and the oracle take no part.
     """
     records = {
-        name: cells.select(measure, setting, share, name)
-        for name in names
-        if not cells.is_full(name)
+        name: cells.select(measure, setting, share, name) for name in names if cells.competes(name)
     }
     most = max(map(len, records.values()), default=0)
     means = {
