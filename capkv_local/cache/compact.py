@@ -34,6 +34,11 @@ def n_recent(policy: Policy, *, probed: bool) -> int:
     return int(getattr(policy, "n_recent_probed", policy.n_recent) if probed else policy.n_recent)
 
 
+def fewest_cells(policy: Policy) -> int:
+    """Smallest budget: sinks, recent window, and one cell that is chosen."""
+    return policy.n_sinks + policy.n_recent + 1
+
+
 @dataclass
 class CompactCache:
     """Applies one policy under one budget to the KV cache of a context.

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from capkv_local.cache.compact import fewest_cells
 from capkv_local.errors import EvaluationError
 from capkv_local.evaluate.corpus import load_corpus, read_folder
 from capkv_local.evaluate.methods import Method
+from capkv_local.evaluate.oracle import Oracle
 from capkv_local.evaluate.records import Key, Record, Results, key
 from capkv_local.evaluate.retrieval import retrieve
 from capkv_local.evaluate.session import F64, EvalSession, Prepared, answer_metrics
@@ -120,6 +122,7 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
     CapKVError
         A text, task, model or policy cannot be used; what was measured so far is in `results`.
     """
+    _check_shares(plan)
     done = results.done()
     texts = plan.read_texts()
     n_done = 0
@@ -159,6 +162,19 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
                     tick(1, f"{model.stem}: {case.task}, {unit.method.label}, {unit.share:.4g}")
         finally:
             runner.close()
+
+
+def _check_shares(plan: Plan) -> None:
+    """See at once, not after hours, that every method can work with every budget."""
+    n_tokens, share = min(plan.n_tokens), min(plan.shares)
+    for method in plan.methods:
+        policy = Oracle() if method.is_oracle else method.policy
+        fewest = 1 if policy is None else fewest_cells(policy)
+        if not method.is_full and share * n_tokens < fewest:
+            raise EvaluationError(
+                f"a share of {share:g} of {n_tokens} tokens is {int(share * n_tokens)} cells, but "
+                f"'{method.label}' needs {fewest}: longer texts (--tokens) or a larger --share"
+            )
 
 
 def _units(plan: Plan, case: Case) -> list[_Unit]:

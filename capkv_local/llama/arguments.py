@@ -9,7 +9,7 @@ import llama_cpp
 from capkv_local import native
 from capkv_local.budget.allocate import get_allocator
 from capkv_local.budget.parse import parse_budget
-from capkv_local.cache.compact import evicts
+from capkv_local.cache.compact import evicts, fewest_cells
 from capkv_local.errors import BudgetError, PolicyError, UnsupportedModel
 from capkv_local.plan.planner import Settings
 from capkv_local.policies import Policy
@@ -36,7 +36,7 @@ def budget_cells(value: Budget | None, n_ctx: int, bytes_per_cell: int, policy: 
         min(DEFAULT_BUDGET, n_ctx) if value is None else value,
         n_ctx=n_ctx,
         bytes_per_cell=bytes_per_cell,
-        minimum=policy.n_sinks + policy.n_recent + 1,
+        minimum=fewest_cells(policy),
     )
 
 

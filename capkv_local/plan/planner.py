@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from capkv_local.budget.allocate import most_cells
-from capkv_local.cache.compact import evicts
+from capkv_local.cache.compact import evicts, fewest_cells
 from capkv_local.cache.probe import Probe
 from capkv_local.models.header import ContextSizes, ModelHeader
 from capkv_local.native import Info
@@ -95,7 +95,7 @@ class Settings:
         return replace(
             self,
             evicts=True,
-            minimum=policy.n_sinks + policy.n_recent + 1,
+            minimum=fewest_cells(policy),
             n_window=policy.n_window if "queries" in policy.needs else 0,
             mean_query="mean_query" in policy.needs,
             n_scratch=Probe.n_scratch if probe else 0,

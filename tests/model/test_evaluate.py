@@ -167,6 +167,13 @@ def test_a_method_that_cannot_be_says_why(text: str, reason: str) -> None:
         parse_method(text)
 
 
+def test_too_few_cells_are_told_before_anything_is_measured(plan: Plan, tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.jsonl")
+    with pytest.raises(EvaluationError, match=r"30 cells, but 'snapkv' needs 37.*--tokens"):
+        run(replace(plan, methods=plan.methods[1:], shares=(0.5, 0.05)), results)
+    assert not results.path.exists()
+
+
 def test_nothing_to_measure_is_an_error(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError):
         run(replace(plan, n_tokens=(100_000,)), Results(tmp_path / "r.jsonl"))
