@@ -14,7 +14,7 @@ from capkv_local.cli.display import step_progress
 from capkv_local.cli.guard import debug_option
 
 if TYPE_CHECKING:
-    from capkv_local.evaluate.run import Plan
+    from capkv_local.evaluate.plan import Plan
 
 TASKS = ("continuation", "facts", "quote", "lookup", "qa")
 
@@ -151,7 +151,7 @@ def eval_command(quick: bool, kvpress: bool, out: Path, as_json: bool, **setting
        "report": path, "tables" as printed: [{"title", "label", "columns",
        "sections": [{"heading", "rows"}]}]}; with --kvpress {"agreements": [...]}
     """
-    from capkv_local.evaluate.plans import make_plan
+    from capkv_local.evaluate.defaults import make_plan
     from capkv_local.evaluate.records import Results
     from capkv_local.evaluate.report import write_report
     from capkv_local.evaluate.report.table import print_tables, tables

@@ -8,103 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from capkv_local.cache.compact import fewest_cells
 from capkv_local.errors import EvaluationError
-from capkv_local.evaluate.corpus import load_corpus, read_folder
-from capkv_local.evaluate.methods import Method
-from capkv_local.evaluate.oracle import Oracle
+from capkv_local.evaluate.plan import F16, Plan, Unit, check_shares, units_of
 from capkv_local.evaluate.records import Key, Record, Results, key
 from capkv_local.evaluate.retrieval import retrieve
 from capkv_local.evaluate.session import F64, EvalSession, Prepared, answer_metrics
 from capkv_local.evaluate.tasks import build_cases
-from capkv_local.evaluate.tasks.base import Case, Split, Text
+from capkv_local.evaluate.tasks.base import Case
 from capkv_local.llama import Llama
 from capkv_local.llama.streaming import Observe
 
-F16 = "f16"
 # Tokens of a continuation that are predicted.
 N_NEXT = 96
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured. Every combination of the lists is.
-
-    Parameters
-    ----------
-    models
-        GGUF files.
-    methods
-        See :func:`~capkv_local.evaluate.methods.parse_method`.
-    shares
-        Shares of the cells that are kept, in (0, 1).
-    tasks, n_tokens
-        Names of tasks, and how long their texts are.
-    readings
-        ``"one-shot"``: read everything, then evict once. ``"streamed"``: read through a cache of
-        the budget and one batch.
-    questions
-        ``"unseen"``: what is kept is decided before any question. ``"seen"``: for each question
-        anew, with its tokens observed.
-    kv_types
-        Types of the cached rows.
-    n_cases
-        Texts per task and length.
-    split, seed
-        Which texts, and the seed of what is planted and cut.
-    n_seen
-        Questions of a text that are asked with the question seen: each costs an eviction of its
-        own, and a reading of its own if streamed.
-    threads
-        CPU threads.
-    texts
-        Folder of own texts; None for the pinned ones.
-    """
-
-    models: tuple[Path, ...]
-    methods: tuple[Method, ...]
-    shares: tuple[float, ...] = (0.5, 0.25, 0.125)
-    tasks: tuple[str, ...] = ("continuation", "facts")
-    n_tokens: tuple[int, ...] = (2048,)
-    readings: tuple[str, ...] = ("one-shot",)
-    questions: tuple[str, ...] = ("unseen",)
-    kv_types: tuple[str, ...] = (F16,)
-    n_cases: int = 8
-    split: Split = "report"
-    seed: int = 0
-    n_seen: int = 8
-    threads: int = 2
-    texts: Path | None = None
-
-    def read_texts(self) -> list[Text]:
-        """The texts of the split.
-
-        Raises
-        ------
-        CorpusError
-            They cannot be had.
-        """
-        if self.texts is None:
-            return load_corpus(self.split)
-        return read_folder(self.split, self.texts)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One compression of one text, and the items that are measured on it."""
-
-    method: Method
-    share: float
-    reading: str
-    question: str
-    kv_type: str
-    items: tuple[int, ...]  # indices of questions, -1 for the continuation
-
 
 Progress = Callable[[int, int, str], None]
 
@@ -122,11 +40,11 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
     CapKVError
         A text, task, model or policy cannot be used; what was measured so far is in `results`.
     """
-    _check_shares(plan)
+    check_shares(plan)
     done = results.done()
     texts = plan.read_texts()
     n_done = 0
-    jobs: list[tuple[Path, int, list[tuple[Case, list[_Unit]]]]] = []
+    jobs: list[tuple[Path, int, list[tuple[Case, list[Unit]]]]] = []
     for model in plan.models:
         session = EvalSession(model, n_tokens=64, threads=plan.threads)  # only to count tokens
         try:
@@ -138,7 +56,7 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
                         task, plan.split, texts, session.tokenize, n_tokens, plan.n_cases, plan.seed
                     )
                 ]
-                jobs.append((model, n_tokens, [(case, _units(plan, case)) for case in cases]))
+                jobs.append((model, n_tokens, [(case, units_of(plan, case)) for case in cases]))
         finally:
             session.close()
     n_steps = sum(len(units) for _, _, planned in jobs for _, units in planned)
@@ -164,55 +82,6 @@ def run(plan: Plan, results: Results, progress: Progress | None = None) -> None:
             runner.close()
 
 
-def _check_shares(plan: Plan) -> None:
-    """See at once, not after hours, that every method can work with every budget."""
-    n_tokens, share = min(plan.n_tokens), min(plan.shares)
-    for method in plan.methods:
-        policy = Oracle() if method.is_oracle else method.policy
-        fewest = 1 if policy is None else fewest_cells(policy)
-        if not method.is_full and share * n_tokens < fewest:
-            raise EvaluationError(
-                f"a share of {share:g} of {n_tokens} tokens is {int(share * n_tokens)} cells, but "
-                f"'{method.label}' needs {fewest}: longer texts (--tokens) or a larger --share"
-            )
-
-
-def _units(plan: Plan, case: Case) -> list[_Unit]:
-    n = len(case.questions)
-    unseen = ((-1,) if case.continuation else ()) + tuple(range(n))
-    # Spread over the text, the same ones for all methods.
-    seen = sorted({round(i) for i in np.linspace(0, n - 1, min(n, plan.n_seen))}) if n else []
-    units: list[_Unit] = []
-    for kv_type in plan.kv_types:
-        for method in plan.methods:
-            if method.is_full:
-                if kv_type != F16:  # that of f16 is what the others are compared with
-                    units.append(_Unit(method, 1.0, "one-shot", "unseen", kv_type, unseen))
-                continue
-            if method.is_oracle:  # decides for every item anew, when all is there
-                for question, of in (("unseen", unseen), ("seen", seen)):
-                    if question in plan.questions and "one-shot" in plan.readings:
-                        units += [
-                            _Unit(method, share, "one-shot", question, kv_type, (i,))
-                            for share in plan.shares
-                            for i in of
-                        ]
-                continue
-            for reading in plan.readings:
-                for share in plan.shares:
-                    if "unseen" in plan.questions and not method.is_retrieval:
-                        units.append(_Unit(method, share, reading, "unseen", kv_type, unseen))
-                    if "seen" in plan.questions:
-                        # A probe does not hear questions; retrieval reads only what it found.
-                        if method.observe == "probe" or (
-                            method.is_retrieval and reading != "one-shot"
-                        ):
-                            continue
-                        for i in seen:
-                            units.append(_Unit(method, share, reading, "seen", kv_type, (i,)))
-    return units
-
-
 class _Runner:
     def __init__(self, plan: Plan, model: Path, n_tokens: int) -> None:
         self._plan = plan
@@ -233,13 +102,13 @@ class _Runner:
             )
         return self._sessions[kv_type]
 
-    def is_done(self, case: Case, unit: _Unit, done: dict[Key, set[str]]) -> bool:
+    def is_done(self, case: Case, unit: Unit, done: dict[Key, set[str]]) -> bool:
         return all(
             done.get(key(self._record(case, unit, item)), set()) >= _metrics(item)
             for item in unit.items
         )
 
-    def measure(self, case: Case, units: Sequence[_Unit]) -> Iterator[tuple[_Unit, list[Record]]]:
+    def measure(self, case: Case, units: Sequence[Unit]) -> Iterator[tuple[Unit, list[Record]]]:
         """Measure what is asked for on one text."""
         if not units:
             return
@@ -278,7 +147,7 @@ class _Runner:
                 ]
             yield unit, records
 
-    def _compress(self, session: EvalSession, prepared: Prepared, case: Case, unit: _Unit) -> Llama:
+    def _compress(self, session: EvalSession, prepared: Prepared, case: Case, unit: Unit) -> Llama:
         method, n_cells = unit.method, int(unit.share * len(prepared.context))
         if method.is_full:
             return session.full()
@@ -301,7 +170,7 @@ class _Runner:
             prepared, method.policy, method.allocation, n_cells, observe, question
         )
 
-    def _record(self, case: Case, unit: _Unit, item: int) -> Record:
+    def _record(self, case: Case, unit: Unit, item: int) -> Record:
         """A record of an item without its figures."""
         question = case.questions[item] if item >= 0 else None
         method = unit.method

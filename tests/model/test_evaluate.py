@@ -11,8 +11,9 @@ import pytest
 from capkv_local.errors import EvaluationError
 from capkv_local.evaluate.corpus import split_of
 from capkv_local.evaluate.methods import parse_method
+from capkv_local.evaluate.plan import Plan
 from capkv_local.evaluate.records import Record, Results
-from capkv_local.evaluate.run import Plan, run
+from capkv_local.evaluate.run import run
 
 LICENCE = Path(__file__).parent.parent / "data" / "licence.txt"
 

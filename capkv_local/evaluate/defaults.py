@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from capkv_local.evaluate.methods import Method, parse_method
-from capkv_local.evaluate.run import Plan
+from capkv_local.evaluate.plan import Plan
 from capkv_local.models import check_model_file, default_model
 
 PEERS_UNSEEN = (
