@@ -47,8 +47,8 @@ class CapKV(BasePolicy):
     Which ones is another question. A head takes them in turn from three lists, since there are
     three kinds of tokens to come: those for which this head looks something up (r), those for
     which another does (the mean of r over all heads, by token), and those that go on with the
-    text (the latest cells). What is kept for others the KV heads of a layer share: of n, each
-    spends an n-th of the second and third share on it and the rest on its own.
+    text (the mean attention of the last queries). What is kept for others the KV heads of a layer
+    share: of n, each spends an n-th of the second and third share on it and the rest on its own.
 
     What an early layer no longer finds, a later one can still look up, but not the other way
     round. So where heads share the cells, the first third of the layers counts for half, the last
@@ -59,7 +59,7 @@ class CapKV(BasePolicy):
     n_sinks, n_recent
         See :class:`~capkv_local.policies.base.BasePolicy`. Both stay outside the sums: they are
         kept anyway, and the sinks' attention would drown all other. With a probe half of
-        `n_recent` is enough: the list of the latest cells takes more where there is room.
+        `n_recent` is enough: the tail's list takes the others that are wanted.
     n_window
         Last queries observed. 32 keep scoring below 5% of a small model's prefill on a CPU.
     pool
@@ -74,9 +74,9 @@ class CapKV(BasePolicy):
     noise
         Variance of the noise, in units of a squared attention. docs/policies.md has the numbers
         behind the defaults.
-    probe_own, probe_consensus, probe_latest
+    probe_own, probe_consensus, probe_tail
         With a probe, shares of the cells that are chosen by the head's own relevance, by that of
-        all heads and as the latest, where a layer has one KV head; they are divided by
+        all heads and by the tail's attention, where a layer has one KV head; they are divided by
         their sum.
     probe_pool, probe_noise
         With a probe, the pool of what all heads find relevant, and the noise, in units of a summed
@@ -108,7 +108,7 @@ class CapKV(BasePolicy):
     noise: float = 0.01
     probe_own: float = 0.45
     probe_consensus: float = 0.35
-    probe_latest: float = 0.2
+    probe_tail: float = 0.2
     probe_pool: int = 3
     probe_noise: float = 1.0
     probe_early: float = 0.5
@@ -118,11 +118,11 @@ class CapKV(BasePolicy):
         for name in ("pool", "probe_pool"):
             pool = getattr(self, name)
             self._require(name, pool >= 1 and pool % 2 == 1, "odd and 1 or more")
-        for name in ("consensus", "probe_own", "probe_consensus", "probe_latest"):
+        for name in ("consensus", "probe_own", "probe_consensus", "probe_tail"):
             self._require(name, 0 <= getattr(self, name) < np.inf, "finite and 0 or more")
         self._require(
             "probe_own",
-            self.probe_own + self.probe_consensus + self.probe_latest > 0,
+            self.probe_own + self.probe_consensus + self.probe_tail > 0,
             "above 0 if the other two are 0",
         )
         for name in ("noise", "probe_noise"):
@@ -168,13 +168,14 @@ class CapKV(BasePolicy):
 
         capacity = self._capacity(stats, own, self.probe_noise)
         shares = self._shares(open_.shape[1])
+        tail = stats.window_attention(reduce="mean")
         by_token = _sum_by_token(stats.positions, own)
         for layer, mask in enumerate(open_):
             shared = _mean_over_heads(by_token, stats.positions[layer], mask.shape[0] * len(open_))
             lists = (
                 own(layer),
                 _pooled(shared, mask, self.probe_pool),
-                stats.positions[layer],
+                _pooled(tail[layer], mask, self.pool),
             )
             order = _in_turn(lists, shares, mask)
             capacity[layer] = _in_order_of(order, capacity[layer], mask)
@@ -182,15 +183,15 @@ class CapKV(BasePolicy):
         return capacity
 
     def _shares(self, n_head_kv: int) -> tuple[float, float, float]:
-        """Of a head's cells: by its own relevance, by that of all heads, as the latest.
+        """Of a head's cells: by its own relevance, by that of all heads, by the tail's attention.
 
         Examples
         --------
         >>> [round(share, 3) for share in CapKV()._shares(5)]
         [0.89, 0.07, 0.04]
         """
-        total = self.probe_own + self.probe_consensus + self.probe_latest
-        others = self.probe_consensus / n_head_kv, self.probe_latest / n_head_kv
+        total = self.probe_own + self.probe_consensus + self.probe_tail
+        others = self.probe_consensus / n_head_kv, self.probe_tail / n_head_kv
         return total - sum(others), *others
 
     def _capacity(self, stats: KVStats, relevance: Callable[[int], F32], noise: float) -> F32:
@@ -264,9 +265,7 @@ def _depth_weight(layer: int, n_layer: int, early: float) -> float:
     return float(np.interp(depth, (1 / 3, 2 / 3), (early, 1.0)))
 
 
-def _in_turn(
-    lists: Sequence[NDArray[Any]], shares: Sequence[float], open_: Mask
-) -> NDArray[np.float64]:
+def _in_turn(lists: Sequence[F32], shares: Sequence[float], open_: Mask) -> NDArray[np.float64]:
     """A score that takes the contested cells from several lists in turn, each in its own order.
 
     However many cells a head keeps, the best ``share`` of them of each list are among them.

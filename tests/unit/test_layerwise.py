@@ -105,10 +105,11 @@ class AtOnce(CapKV):
         stats.carry(repeated)
         own = np.where(open_, repeated, np.float32(0))
         shared = pooled(mean_over_heads(stats.positions, own), open_, self.probe_pool)
+        tail = pooled(stats.window_attention(reduce="mean"), open_, self.pool)
         n_head_kv = open_.shape[1]
-        parts = self.probe_own, self.probe_consensus, self.probe_latest
+        parts = self.probe_own, self.probe_consensus, self.probe_tail
         others = [part / n_head_kv for part in parts[1:]]
-        order = _in_turn((own, shared, stats.positions), (sum(parts) - sum(others), *others), open_)
+        order = _in_turn((own, shared, tail), (sum(parts) - sum(others), *others), open_)
         score = _in_order_of(order, self.weighed(stats, own, self.probe_noise), open_)
         depth = np.arange(1, len(open_) + 1) / len(open_)
         score *= np.interp(depth, (1 / 3, 2 / 3), (self.probe_early, 1))[:, None, None]

@@ -164,8 +164,8 @@ def test_capkv_never_forgets_a_survivor(prompt: ArrayStats) -> None:
 def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     policy = get_policy(
         "capkv",
-        **{"probe_own": 2.0, "probe_consensus": 1.0, "probe_latest": 1.0},
-        **{"probe_pool": 3, "probe_noise": 0.5, "probe_early": 0.2, "n_recent": 16},
+        **{"probe_own": 2.0, "probe_consensus": 1.0, "probe_tail": 1.0},
+        **{"pool": 5, "probe_pool": 3, "probe_noise": 0.5, "probe_early": 0.2, "n_recent": 16},
     )
     repeated = prompt.window_query[:, :, -40:]
     stats = dataclasses.replace(prompt.observed_by(policy), repeated_query=repeated)
@@ -173,6 +173,7 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     r = stats.probe_attention(reduce="second_moment")
     assert r is not None
     r = r[:, :, 4:-8].astype(np.float64)
+    tail = stats.window_attention(reduce="mean")[:, :, 4:-8].astype(np.float64)
     n = r.shape[-1]
 
     def pooled(x: np.ndarray, half: int) -> np.ndarray:
@@ -199,7 +200,7 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     for values, share in (
         (r, 40 - 2 * -(-10 // n_head_kv)),
         (shared, others),
-        (np.broadcast_to(np.arange(1.0, n + 1), r.shape), others),
+        (pooled(tail, 2), others),
     ):
         # float32 against float64: near-ties at the end of a list may swap.
         wanted = values > np.partition(values, -share)[..., -share : 1 - share] * (1 + 1e-5)
@@ -218,13 +219,15 @@ def test_capkv_adds_what_every_repetition_finds(prompt: ArrayStats) -> None:
     np.testing.assert_allclose(again.handed, 2 * once, rtol=1e-6)
 
 
-def test_capkv_with_a_probe_does_not_look_at_the_tail(prompt: ArrayStats) -> None:
-    policy = get_policy("capkv")
-    stats = dataclasses.replace(
-        prompt.observed_by(policy), repeated_query=prompt.window_query[:, :, -40:]
-    )
-    turned = dataclasses.replace(stats, window_query=-stats.window_query)
-    np.testing.assert_array_equal(policy.score(stats), policy.score(turned))
+def test_capkv_with_a_probe_hears_the_tail_as_far_as_its_share(prompt: ArrayStats) -> None:
+    for share in (0.0, 0.2):
+        policy = get_policy("capkv", probe_tail=share)
+        stats = dataclasses.replace(
+            prompt.observed_by(policy), repeated_query=prompt.window_query[:, :, -40:]
+        )
+        turned = dataclasses.replace(stats, window_query=-stats.window_query)
+        same = np.array_equal(policy.score(stats), policy.score(turned))
+        assert same == (share == 0)
 
 
 def test_capkv_with_a_probe_gives_early_layers_fewer_cells() -> None:
@@ -243,7 +246,7 @@ def test_capkv_with_a_probe_gives_early_layers_fewer_cells() -> None:
 
 def test_capkv_with_a_probe_needs_one_share() -> None:
     with pytest.raises(PolicyError, match="probe_own=0 must be above 0 if the other two are 0"):
-        get_policy("capkv", probe_own=0, probe_consensus=0, probe_latest=0)
+        get_policy("capkv", probe_own=0, probe_consensus=0, probe_tail=0)
 
 
 def test_capkv_consensus_goes_by_token_not_by_cell() -> None:
