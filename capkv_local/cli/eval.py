@@ -50,7 +50,7 @@ TASKS = ("continuation", "facts", "quote", "lookup", "qa")
     "tasks",
     type=click.Choice(TASKS),
     multiple=True,
-    help="What is measured; repeat for more. [default: all]",
+    help="What is measured; repeat for more. [default: continuation facts]",
 )
 @click.option(
     "--tokens",
