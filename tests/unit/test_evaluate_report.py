@@ -18,10 +18,10 @@ from capkv_local.evaluate.records import Results
 from capkv_local.evaluate.report import make_console, markdown, print_tables, write_report
 from capkv_local.evaluate.report.cells import Cells
 from capkv_local.evaluate.report.findings import losses, verdicts
-from capkv_local.evaluate.report.grid import mark_best, setting_grids
+from capkv_local.evaluate.report.grid import headline_grid, mark_best, setting_grids
 from capkv_local.evaluate.report.measures import KL, RECALL
 from capkv_local.evaluate.report.table import tables
-from tests.unit.planted import record, synthetic
+from tests.unit.planted import METHODS, record, synthetic
 
 # ---- tables ------------------------------------------------------------------------------------
 
@@ -33,6 +33,21 @@ def test_best_and_as_good_are_marked() -> None:
     assert marks[0.05] == {"keydiff": "best"}
     assert set(marks[0.25]) == {"capkv", "capkv:noise=1"}
     assert sorted(marks[0.25].values()) == ["best", "tied"]
+
+
+def test_the_first_table_shows_what_was_run_the_usual_way() -> None:
+    # Longer texts, and other shares, that were only evicted once.
+    extra = [
+        replace(r, n_tokens=4096, reading="one-shot", share=share)
+        for r in synthetic()
+        for share in (0.5, 0.125)
+    ]
+    grid = headline_grid(Cells(synthetic() + extra))
+    assert grid.title.startswith("5% of the cells kept · streamed")
+    assert [section.heading for section in grid.sections] == ["tiny, 2,048 tokens"]
+    assert {name for name, row in grid.sections[0].rows if any(cell.text for cell in row)} == set(
+        METHODS
+    )
 
 
 def test_an_unfinished_method_is_not_the_best() -> None:

@@ -67,7 +67,7 @@ class Focus:
     share : float
         The middle one of those that were run.
     n_tokens : dict of str to int
-        The longest texts of each model.
+        The longest texts of each model that were read so.
     """
 
     split: str
@@ -219,21 +219,24 @@ class Cells:
         """Choose what the first table and most figures show."""
         split = "report" if any(s.split == "report" for s in self.settings) else "tuning"
         here = [setting for setting in self.settings if setting.split == split]
+        readings = {setting.reading for setting in here}
+        reading = "streamed" if "streamed" in readings else min(readings)
         evicting = [
             (setting, share)
             for setting, share, name in self._cells
             if setting.split == split and not self.is_full(name)
         ]
-        readings = {setting.reading for setting in here}
         kv_types = Counter(setting.kv_type for setting, _ in evicting or [(s, 1.0) for s in here])
-        shares = sorted({share for _, share in evicting}) or [1.0]
-        return Focus(
-            split=split,
-            reading="streamed" if "streamed" in readings else min(readings),
-            kv_type="f16" if "f16" in kv_types else kv_types.most_common(1)[0][0],
-            share=shares[(len(shares) - 1) // 2],
-            n_tokens={s.model: max(o.n_tokens for o in here if o.model == s.model) for s in here},
-        )
+        kv_type = "f16" if "f16" in kv_types else kv_types.most_common(1)[0][0]
+        # Other lengths and shares may have been run in another way only.
+        usual = [at for at in evicting if (at[0].reading, at[0].kv_type) == (reading, kv_type)]
+        shares = sorted({share for _, share in usual or evicting}) or [1.0]
+        share = shares[(len(shares) - 1) // 2]
+        n_tokens = {}
+        for model in sorted({setting.model for setting in here}):
+            known = [s.n_tokens for s, at in usual if (s.model, at) == (model, share)]
+            n_tokens[model] = max(known or [s.n_tokens for s in here if s.model == model])
+        return Focus(split, reading, kv_type, share, n_tokens)
 
 
 def _variant(record: Record) -> Variant:
