@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from capkv_local.errors import EvaluationError
 from capkv_local.evaluate.crosscheck_kvpress import Kvpress, require
@@ -241,18 +242,19 @@ _COLUMNS = ("policy", "set as", "median rho", "least rho", "same kept", "differe
 
 
 def print_agreements(agreements: Iterable[Agreement], console: Console | None = None) -> None:
-    """Print one table per model; all texts together."""
+    """Print one table per model, all texts together, and what there is to say about rows below."""
     console = console or Console()
     for title, rows in _tables(agreements):
         table = Table(title=title, title_justify="left", box=None, header_style="dim")
-        for column in _COLUMNS:
-            number = column in _COLUMNS[2:-1]
-            table.add_column(
-                column, justify="right" if number else "left", no_wrap=column != "note"
-            )
+        for column in _COLUMNS[:-1]:
+            justify: JustifyMethod = "right" if column in _COLUMNS[2:] else "left"
+            table.add_column(column, justify=justify, no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*row[:-1])
         console.print(table)
+        for policy, setting, *_, note in rows:
+            console.print(Text(f"{policy}, set as {setting}: {note}", style="dim"))
+        console.print()
 
 
 def markdown(agreements: Iterable[Agreement]) -> str:

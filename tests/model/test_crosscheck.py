@@ -94,3 +94,4 @@ def test_tables_show_the_worst_of_all_texts() -> None:
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "tiny, 2 texts" in printed
     assert "0.9973" in printed
+    assert "capkv-paper, set as here: all settings are equal" in printed
