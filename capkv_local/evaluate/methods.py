@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from capkv_local.budget.allocate import get_allocator
 from capkv_local.errors import EvaluationError
+from capkv_local.evaluate.oracle import Oracle
 from capkv_local.policies import Policy, get_policy
 
 _FORM = re.compile(r"([a-z0-9-]+)(?::([^@+]+))?(?:@([a-z-]+))?(?:\+([a-z]+))?")
@@ -27,7 +28,7 @@ class Method:
     label
         As the user wrote it.
     policy
-        None for retrieval and the oracle.
+        None for retrieval.
     allocation
         How heads share the budget; empty where nothing is evicted.
     observe
@@ -45,12 +46,12 @@ class Method:
 
     @property
     def is_retrieval(self) -> bool:
-        return self.label == RETRIEVAL
+        return self.policy is None
 
     @property
     def is_oracle(self) -> bool:
         """Whether it knows what comes: a bound for all others."""
-        return self.label.partition("@")[0] == ORACLE
+        return isinstance(self.policy, Oracle)
 
 
 def parse_method(text: str) -> Method:
@@ -82,10 +83,7 @@ def parse_method(text: str) -> Method:
         if allocation:
             raise EvaluationError(f"'{text}': '{name}' has no cells to allocate")
         return Method(text, None, "", "tail")
-    if name == ORACLE:
-        get_allocator(allocation or "global")
-        return Method(text, None, allocation or "global", "tail")
-    policy = get_policy(name, **_fields(text, fields))
+    policy = Oracle() if name == ORACLE else get_policy(name, **_fields(text, fields))
     allocation = allocation or str(getattr(policy, "allocation", "uniform"))
     get_allocator(allocation)
     needs_probe = "probe" in policy.needs

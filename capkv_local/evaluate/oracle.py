@@ -24,10 +24,12 @@ class Oracle(BasePolicy):
     Parameters
     ----------
     attention
-        Sum of the squared attention of what comes, float32 [n_layer, n_head_kv, n_cells].
+        Sum of the squared attention of what comes, float32 [n_layer, n_head_kv, n_cells]; empty
+        until that is known.
     """
 
     name: ClassVar[str] = "oracle"
+    allocation: ClassVar[str] = "global"
     n_recent: int = 16
     attention: F32 = field(default_factory=lambda: np.empty((0, 0, 0), np.float32), repr=False)
 

@@ -11,7 +11,6 @@ from capkv_local.cache.compact import fewest_cells
 from capkv_local.errors import EvaluationError
 from capkv_local.evaluate.corpus import load_corpus, read_folder
 from capkv_local.evaluate.methods import Method
-from capkv_local.evaluate.oracle import Oracle
 from capkv_local.evaluate.tasks.base import Case, Split, Text
 
 __all__ = ["F16", "Plan", "Unit", "check_shares", "units_of"]
@@ -98,8 +97,7 @@ def check_shares(plan: Plan) -> None:
     """See at once, not after hours, that every method can work with every budget."""
     n_tokens, share = min(plan.n_tokens), min(plan.shares)
     for method in plan.methods:
-        policy = Oracle() if method.is_oracle else method.policy
-        fewest = 1 if policy is None else fewest_cells(policy)
+        fewest = 1 if method.policy is None else fewest_cells(method.policy)
         if not method.is_full and share * n_tokens < fewest:
             raise EvaluationError(
                 f"a share of {share:g} of {n_tokens} tokens is {int(share * n_tokens)} cells, but "

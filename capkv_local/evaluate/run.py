@@ -131,7 +131,7 @@ class _Runner:
             seconds = time.perf_counter() - started
             records: list[Record] = []
             for item in unit.items:
-                wanted = _wanted(prepared, item)
+                _, wanted = _asked(prepared, item)
                 values = answer_metrics(full[item], left[item], wanted)
                 if item < 0:
                     values = {
@@ -215,14 +215,10 @@ def _metrics(item: int) -> set[str]:
     return {"kl", "top1", "nll"} if item < 0 else {"kl", "exact", "accuracy", "logprob"}
 
 
-def _wanted(prepared: Prepared, item: int) -> list[int]:
-    return prepared.continuation[1:] if item < 0 else prepared.answer[item]
-
-
 def _asked(prepared: Prepared, item: int) -> tuple[list[int], list[int]]:
-    """Tokens that are given, and those that are predicted; without any, the first one is given."""
+    """Tokens that are given, and those that are predicted."""
     if item < 0:
-        return [], prepared.continuation
+        return prepared.continuation[:1], prepared.continuation[1:]
     return prepared.asked[item] + prepared.lead[item], prepared.answer[item]
 
 

@@ -225,10 +225,8 @@ class EvalSession:
     def log_probabilities(self, llama: Llama, given: Sequence[int], wanted: Sequence[int]) -> F64:
         """Of each wanted token in turn, behind the cache and ``given``: ``[n_wanted, n_vocab]``.
 
-        Without ``given``, the first wanted token is given. The cache is left as it was.
+        One token or more is given. The cache is left as it was.
         """
-        if not given:
-            given, wanted = wanted[:1], wanted[1:]
         tokens = [*given, *wanted[:-1]]
         n_past = llama.n_tokens
         batch = llama._batch

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from capkv_local.errors import EvaluationError
+from capkv_local.evaluate.methods import FULL, ORACLE
 from capkv_local.evaluate.records import Record
 from capkv_local.evaluate.report.measures import HEADLINE, Measure
 from capkv_local.evaluate.statistics import Estimate
 
-__all__ = ["FULL", "SUBJECT", "Cells", "Focus", "Setting"]
+__all__ = ["SUBJECT", "Cells", "Focus", "Setting"]
 
-FULL = "full"
-ORACLE = "oracle"
 SUBJECT = "capkv"
 """The method whose losses and verdicts a report lists."""
 
