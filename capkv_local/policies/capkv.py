@@ -39,6 +39,10 @@ class CapKV(BasePolicy):
     digits only while it is being copied. So every head also gets a share of what the heads
     together find relevant, token by token.
 
+    With a known question, whose tokens lie behind the text, that share is one of cells: s_i, with
+    w_i = r_i, says how many a head keeps, and it takes them in turn from two lists, by its own r
+    and by that of the heads together. Added up, the loudest heads would take all.
+
     With a probe, every cell has been looked for, and the sums are over all repeated tokens::
 
         r_i = sum_q a_qi² over all repetitions so far                   (no window, no maximum)
@@ -66,8 +70,9 @@ class CapKV(BasePolicy):
         Odd kernel of the average over neighbouring contested cells; 1 switches it off. 15 keeps
         whole numbers whose first digits were looked at; 7 loses last digits.
     consensus
-        Weight of the other heads' relevance; 0 lets each head judge alone. docs/policies.md has
-        what it changes.
+        Weight of the other heads' relevance; with a known question, cells taken for it, for each
+        that a head takes for itself. 0 lets each head judge alone. docs/policies.md has what it
+        changes.
     u
         Capacity vectors, ``"value"`` (the direction in which a cell moves the output) or
         ``"key"``, of length 1.
@@ -153,12 +158,22 @@ class CapKV(BasePolicy):
 
     def _from_window(self, stats: KVStats, open_: Mask) -> F32:
         relevance = self._relevance(stats, open_)  # [n_layer, n_head_kv, n_cells]
-        stats.carry(np.where(in_window(stats), np.float32(0), relevance))
-        others = _consensus(stats.positions, relevance)
-        others *= self.consensus
-        relevance += others
-        del others
-        return self._capacity(stats, lambda layer: relevance[layer], self.noise)
+        window = in_window(stats)
+        stats.carry(np.where(window, np.float32(0), relevance))
+        asked = stats.n_queries > 0 and not window.any()  # a question that no cell holds
+        if not asked:
+            others = _consensus(stats.positions, relevance)
+            others *= self.consensus
+            relevance += others
+            del others
+        capacity = self._capacity(stats, lambda layer: relevance[layer], self.noise)
+        if asked:
+            shares = 1.0, self.consensus
+            others = _consensus(stats.positions, relevance)
+            for layer, mask in enumerate(open_):
+                order = _in_turn((relevance[layer], others[layer]), shares, mask)
+                capacity[layer] = _in_order_of(order, capacity[layer], mask)
+        return capacity
 
     def _from_probe(self, stats: KVStats, open_: Mask, repeated: F32) -> F32:
         stats.carry(repeated)

@@ -128,6 +128,11 @@ def synthetic(
     )
 
 
+def asked(stats: ArrayStats) -> ArrayStats:
+    """The same cells, observed by the queries of a question that lies behind all of them."""
+    return dataclasses.replace(stats, n_tokens=stats.n_tokens + stats.n_queries)
+
+
 def golden_raw() -> dict[str, Any]:
     """Keys, values and queries of a few layers, as transformers computed them in float32."""
     with np.load(GOLDEN / "kvpress-raw.npz") as arrays:

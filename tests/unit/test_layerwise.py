@@ -19,7 +19,7 @@ from capkv_local.native import Stat
 from capkv_local.plan import planner
 from capkv_local.policies import base, get_policy
 from capkv_local.policies.capkv import CapKV, _in_order_of, _in_turn
-from tests.golden.array_stats import synthetic
+from tests.golden.array_stats import asked, synthetic
 
 SLOW = settings(max_examples=40)
 
@@ -97,8 +97,14 @@ class AtOnce(CapKV):
             relevance = pooled(stats.window_attention(reduce="second_moment"), open_, self.pool)
             if carried is not None:
                 relevance = np.maximum(relevance, np.where(open_, carried, np.float32(0)))
-            stats.carry(np.where(base.window_mask(stats), np.float32(0), relevance))
-            relevance = relevance + self.consensus * consensus(stats.positions, relevance)
+            window = base.window_mask(stats)
+            stats.carry(np.where(window, np.float32(0), relevance))
+            others = consensus(stats.positions, relevance)
+            if not window.any():
+                order = _in_turn((relevance, others), (1.0, self.consensus), open_)
+                score = _in_order_of(order, self.weighed(stats, relevance, self.noise), open_)
+                return above_all(score, held & ~open_)
+            relevance = relevance + self.consensus * others
             return above_all(self.weighed(stats, relevance, self.noise), held & ~open_)
         if carried is not None:
             repeated = repeated + carried
@@ -125,12 +131,14 @@ class AtOnce(CapKV):
 # --- the same, bit for bit --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("probed", [False, True], ids=["window", "probe"])
+@pytest.mark.parametrize("observed", ["tail", "question", "probe"])
 @pytest.mark.parametrize("u", ["value", "key"])
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=15)
-def test_the_default_policy(u: Any, probed: bool, seed: int) -> None:
-    stats = synthetic(seed, probed=probed)
+def test_the_default_policy(u: Any, observed: str, seed: int) -> None:
+    stats = synthetic(seed, probed=observed == "probe")
+    if observed == "question":
+        stats = asked(stats)
     rng = np.random.default_rng(seed)
     absent = np.arange(stats.n_cells) < rng.integers(0, 8, (2, 2))[..., None]
     # A head that holds fewer cells lacks the first ones, and they are 0 in all statistics.

@@ -20,6 +20,7 @@ from capkv_local.errors import PolicyError
 from capkv_local.policies import base, capkv, get_policy, policy_names
 from tests.golden.array_stats import (
     ArrayStats,
+    asked,
     golden_raw,
     golden_scores,
     stats_of,
@@ -131,17 +132,48 @@ def test_capkv_is_its_equation(prompt: ArrayStats) -> None:
     policy = get_policy("capkv", pool=3, noise=0.1, consensus=0.5, n_recent=8)
     stats = prompt.observed_by(policy)
     got = policy.score(stats)[:, :, 4:-8]
-    a2 = stats.window_attention(reduce="second_moment")[:, :, 4:-8].astype(np.float64)
-    n = a2.shape[-1]
-    w = np.stack([a2[..., max(0, i - 1) : i + 2].mean(axis=-1) for i in range(n)], axis=-1)
+    w = _pooled(stats.window_attention(reduce="second_moment")[:, :, 4:-8], 1)
     # Before the first eviction, cell i holds the same token in every head.
     total = w.sum(axis=-1, keepdims=True)
     w = w + 0.5 * total * (w / total).mean(axis=(0, 1))
-    v = prompt.v[:, :, 4:-8].astype(np.float64)
-    v /= np.linalg.norm(v, axis=-1, keepdims=True)
-    a = 0.1 * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", w, v, v)
-    want = w * np.einsum("lhni,lhij,lhnj->lhn", v, np.linalg.inv(a), v)
-    np.testing.assert_allclose(got, want, rtol=1e-4)
+    np.testing.assert_allclose(got, _capacity(w, prompt.v[:, :, 4:-8], 0.1), rtol=1e-4)
+
+
+def test_capkv_with_a_question_is_its_equation(prompt: ArrayStats) -> None:
+    policy = get_policy("capkv", pool=3, noise=0.1, consensus=0.5, n_recent=8)
+    stats = asked(prompt.observed_by(policy))
+    got = policy.score(stats)[:, :, 4:-8]
+    r = _pooled(stats.window_attention(reduce="second_moment")[:, :, 4:-8], 1)
+    # How much each head's cells are worth together is its own affair, which they are is not.
+    capacity = _capacity(r, prompt.v[:, :, 4:-8], 0.1)
+    np.testing.assert_allclose(np.sort(got), np.sort(capacity), rtol=1e-4)
+    # Of the best 30, two thirds are the best of the head's own list, a third those of all heads.
+    shared = (r / r.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
+    best = _best(got, 30)
+    assert best[_surely_best(r, 20)].all()
+    assert best[_surely_best(np.broadcast_to(shared, r.shape), 10)].all()
+
+
+def _pooled(x: np.ndarray, half: int) -> np.ndarray:
+    """Mean over up to ``half`` neighbours on either side, in float64."""
+    x = x.astype(np.float64)
+    at = range(x.shape[-1])
+    return np.stack([x[..., max(0, i - half) : i + half + 1].mean(axis=-1) for i in at], axis=-1)
+
+
+def _capacity(w: np.ndarray, v: np.ndarray, noise: float) -> np.ndarray:
+    v = v / np.linalg.norm(v.astype(np.float64), axis=-1, keepdims=True)
+    a = noise * np.eye(v.shape[-1]) + np.einsum("lhn,lhni,lhnj->lhij", w, v, v)
+    return np.asarray(w * np.einsum("lhni,lhij,lhnj->lhn", v, np.linalg.inv(a), v))
+
+
+def _best(x: np.ndarray, n: int) -> np.ndarray:
+    return np.asarray(x >= np.partition(x, -n)[..., -n, None])
+
+
+def _surely_best(x: np.ndarray, n: int) -> np.ndarray:
+    """float32 against float64: near-ties at the end of a list may swap."""
+    return np.asarray(x > np.partition(x, -n)[..., -n, None] * (1 + 1e-5))
 
 
 def test_capkv_never_forgets_a_survivor(prompt: ArrayStats) -> None:
@@ -173,38 +205,25 @@ def test_capkv_with_a_probe_is_its_equation(prompt: ArrayStats) -> None:
     r = stats.probe_attention(reduce="second_moment")
     assert r is not None
     r = r[:, :, 4:-8].astype(np.float64)
-    tail = stats.window_attention(reduce="mean")[:, :, 4:-8].astype(np.float64)
-    n = r.shape[-1]
-
-    def pooled(x: np.ndarray, half: int) -> np.ndarray:
-        at = range(n)
-        return np.stack(
-            [x[..., max(0, i - half) : i + half + 1].mean(axis=-1) for i in at], axis=-1
-        )
-
-    shared = pooled(np.broadcast_to(r.mean(axis=(0, 1)), r.shape), 1)
-    v = prompt.v[:, :, 4:-8].astype(np.float64)
-    v /= np.linalg.norm(v, axis=-1, keepdims=True)
-    a = 0.5 * np.eye(64) + np.einsum("lhn,lhni,lhnj->lhij", r, v, v)
-    capacity = r * np.einsum("lhni,lhij,lhnj->lhn", v, np.linalg.inv(a), v)
+    tail = stats.window_attention(reduce="mean")[:, :, 4:-8]
+    shared = _pooled(np.broadcast_to(r.mean(axis=(0, 1)), r.shape), 1)
+    capacity = _capacity(r, prompt.v[:, :, 4:-8], 0.5)
     depth = np.arange(1, len(r) + 1) / len(r)
     capacity *= np.interp(depth, (1 / 3, 2 / 3), (0.2, 1))[:, None, None]
     # How much each head's cells are worth together is its own affair, which they are is not.
     np.testing.assert_allclose(np.sort(got), np.sort(capacity), rtol=1e-4)
     # Of a lone head's best 40, half are the best of the first list, a quarter those of each other
     # list; of several heads, each spends its part of these quarters.
-    best = got >= np.partition(got, -40)[..., -40:-39]
+    best = _best(got, 40)
     n_head_kv = r.shape[1]
     assert n_head_kv > 1
     others = 10 // n_head_kv
     for values, share in (
         (r, 40 - 2 * -(-10 // n_head_kv)),
         (shared, others),
-        (pooled(tail, 2), others),
+        (_pooled(tail, 2), others),
     ):
-        # float32 against float64: near-ties at the end of a list may swap.
-        wanted = values > np.partition(values, -share)[..., -share : 1 - share] * (1 + 1e-5)
-        assert best[wanted].all()
+        assert best[_surely_best(values, share)].all()
 
 
 def test_capkv_adds_what_every_repetition_finds(prompt: ArrayStats) -> None:
