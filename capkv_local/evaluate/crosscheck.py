@@ -141,7 +141,7 @@ def crosscheck(
     n_tokens
         At least 256, so that enough cells are contested.
     threads
-        CPU threads of both sides.
+        CPU threads of our side.
 
     Returns
     -------
@@ -168,7 +168,7 @@ def crosscheck(
             raise EvaluationError(
                 f"text {i} has only {len(reading.tokens)} tokens: a cross-check needs {MIN_TOKENS}"
             )
-    press = Kvpress(model, threads=threads)
+    press = Kvpress(model)
     return [
         agreement
         for i, reading in enumerate(readings)

@@ -58,9 +58,7 @@ class Kvpress:
     Parameters
     ----------
     model
-        GGUF file.
-    threads
-        CPU threads; torch is left with them.
+        GGUF file. torch is left with one thread.
 
     Raises
     ------
@@ -68,11 +66,12 @@ class Kvpress:
         transformers cannot read the file.
     """
 
-    def __init__(self, model: Path, *, threads: int) -> None:
+    def __init__(self, model: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(threads)
+        # With several, torch 2.13 factors batches of matrices, which CapKV has, into nonsense.
+        torch.set_num_threads(1)
         self._source = {
             "pretrained_model_name_or_path": str(model.resolve().parent),
             "gguf_file": model.name,
