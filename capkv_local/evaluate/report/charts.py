@@ -53,7 +53,7 @@ def pareto(cells: Cells, styles: dict[str, Style], measure: Measure, panels: Pan
         _quality_axis(axes, measure, "y")
     _label_outer(grid, x="KV memory, MiB", y=measure.heading)
     handles = [
-        _mark(style.colour, style.marker, style.colour, _short(name), style.line)
+        _mark(style.colour, style.marker, style.colour, _short(name), style.line, style.fill)
         for name, style in styles.items()
         if name in shown
     ]
@@ -82,6 +82,8 @@ def _draw_line(axes: Axes, points: list[tuple[float, float]], style: Style, plai
         marker=style.marker,
         markersize=5.5,
         markerfacecolor=style.colour if plain else "white",
+        markerfacecoloralt="white",
+        fillstyle=style.fill,
         zorder=style.above,
     )
 
@@ -277,9 +279,19 @@ def _label_outer(grid: Any, *, x: str, y: str = "") -> None:
         row[0].set_ylabel(y)
 
 
-def _mark(colour: str, marker: str, face: str, label: str, line: Any = "none") -> Line2D:
+def _mark(
+    colour: str, marker: str, face: str, label: str, line: Any = "none", fill: Any = "full"
+) -> Line2D:
     return Line2D(
-        [], [], color=colour, marker=marker, markerfacecolor=face, label=label, linestyle=line
+        [],
+        [],
+        color=colour,
+        marker=marker,
+        markerfacecolor=face,
+        markerfacecoloralt="white",
+        fillstyle=fill,
+        label=label,
+        linestyle=line,
     )
 
 

@@ -27,7 +27,8 @@ _KNOWN = {
     "full": ("#222222", "*"),
 }
 _OTHERS = (("#44AA99", "p"), ("#AA4499", "8"), ("#661100", "d"))
-_LINES = ("-", "--", ":", "-.")
+# Of variants of a method. A single share has no line: there the filled part of the marker tells.
+_VARIANTS = (("-", "full"), ("--", "left"), (":", "bottom"), ("-.", "top"))
 
 RC: Any = {
     "axes.edgecolor": "#888888",
@@ -54,17 +55,18 @@ RC: Any = {
 
 @dataclass(frozen=True)
 class Style:
-    """Colour, marker, line and weight of one method."""
+    """Colour, marker, line, filled part of the marker and weight of one method."""
 
     colour: str
     marker: str
     line: str
+    fill: Any
     width: float
     above: int
 
 
 def method_styles(cells: Cells) -> dict[str, Style]:
-    """Style of every name: the method decides the colour, a variant of it the line."""
+    """Style of every name: the method decides the colour, a variant of it line and filling."""
     bases = {name: cells.method[name].partition(":")[0] for name in cells.names}
     unknown = sorted(set(bases.values()) - set(_KNOWN))
     looks = _KNOWN | {base: _OTHERS[i % len(_OTHERS)] for i, base in enumerate(unknown)}
@@ -76,8 +78,8 @@ def method_styles(cells: Cells) -> dict[str, Style]:
         seen[base] += 1
         ours = base == "capkv"
         colour, marker = looks[base]
-        line = _LINES[nth % len(_LINES)]
-        styles[name] = Style(colour, marker, line, 2.4 if ours else 1.5, 5 if ours else 3)
+        line, fill = _VARIANTS[nth % len(_VARIANTS)]
+        styles[name] = Style(colour, marker, line, fill, 2.4 if ours else 1.5, 5 if ours else 3)
     return styles
 
 
