@@ -41,7 +41,7 @@ class CapKV(BasePolicy):
 
     With a known question, whose tokens lie behind the text, that share is one of cells: s_i, with
     w_i = r_i, says how many a head keeps, and it takes them in turn from two lists, by its own r
-    and by that of the heads together. Added up, the loudest heads would take all.
+    and by that of the heads together. Why not always: docs/evaluation.md, A known question.
 
     With a probe, every cell has been looked for, and the sums are over all repeated tokens::
 
@@ -153,26 +153,27 @@ class CapKV(BasePolicy):
             score = self._from_probe(stats, open_, repeated)
         return above_all(score, held & ~open_)
 
-    # Both go layer by layer: what all layers have at once decides, beside the cells, what budget
+    # All go layer by layer: what all layers have at once decides, beside the cells, what budget
     # fits into memory (capkv_local/plan/planner.py counts it).
 
     def _from_window(self, stats: KVStats, open_: Mask) -> F32:
         relevance = self._relevance(stats, open_)  # [n_layer, n_head_kv, n_cells]
         window = in_window(stats)
         stats.carry(np.where(window, np.float32(0), relevance))
-        asked = stats.n_queries > 0 and not window.any()  # a question that no cell holds
-        if not asked:
-            others = _consensus(stats.positions, relevance)
-            others *= self.consensus
-            relevance += others
-            del others
+        if stats.n_queries > 0 and not window.any():  # of a question: no cell holds its tokens
+            return self._from_question(stats, open_, relevance)
+        others = _consensus(stats.positions, relevance)
+        others *= self.consensus
+        relevance += others
+        del others
+        return self._capacity(stats, lambda layer: relevance[layer], self.noise)
+
+    def _from_question(self, stats: KVStats, open_: Mask, relevance: F32) -> F32:
         capacity = self._capacity(stats, lambda layer: relevance[layer], self.noise)
-        if asked:
-            shares = 1.0, self.consensus
-            others = _consensus(stats.positions, relevance)
-            for layer, mask in enumerate(open_):
-                order = _in_turn((relevance[layer], others[layer]), shares, mask)
-                capacity[layer] = _in_order_of(order, capacity[layer], mask)
+        others = _consensus(stats.positions, relevance)
+        for layer, mask in enumerate(open_):
+            lists = relevance[layer], others[layer]
+            capacity[layer] = _given_in_turn(capacity[layer], lists, (1.0, self.consensus), mask)
         return capacity
 
     def _from_probe(self, stats: KVStats, open_: Mask, repeated: F32) -> F32:
@@ -192,8 +193,7 @@ class CapKV(BasePolicy):
                 _pooled(shared, mask, self.probe_pool),
                 _pooled(tail[layer], mask, self.pool),
             )
-            order = _in_turn(lists, shares, mask)
-            capacity[layer] = _in_order_of(order, capacity[layer], mask)
+            capacity[layer] = _given_in_turn(capacity[layer], lists, shares, mask)
             capacity[layer] *= _depth_weight(layer, len(open_), self.probe_early)
         return capacity
 
@@ -307,6 +307,11 @@ def _in_turn(lists: Sequence[F32], shares: Sequence[float], open_: Mask) -> NDAr
             np.put_along_axis(place, first, np.arange(1.0, 1.0 + open_.shape[-1]), axis=-1)
             np.minimum(when, place * (total / share), out=when)
     return -when
+
+
+def _given_in_turn(values: F32, lists: Sequence[F32], shares: Sequence[float], open_: Mask) -> F32:
+    """The contested `values` of each head, the largest to what :func:`_in_turn` takes first."""
+    return _in_order_of(_in_turn(lists, shares, open_), values, open_)
 
 
 def _in_order_of(order: NDArray[np.floating[Any]], values: F32, open_: Mask) -> F32:
